@@ -1,1 +1,20 @@
-export {};
+/**
+ * Tensors on WebGPU: device, memory, kernels, ops with their gradients, safetensors.
+ * @packageDocumentation
+ */
+export * from './device.js';
+export { type DType, type HostArray, bytesPerElement, f16Bits, f16Value, pitchOf, storedBytes } from './dtype.js';
+export * from './errors.js';
+export { type Access, type Binding, defineKernel, type Kernel, type KernelSpec, kernelSource, type ParamType, type Width } from './kernel.js';
+export * from './op.js';
+export { capacityOf } from './pool.js';
+export { keep, own, Owned, scope, scopeDepth } from './scope.js';
+export { applyContract, type AxisPattern, type Contract, parseContract } from './shape.js';
+export { type Storage, Tensor } from './tensor.js';
+export { gemm, type GemmOptions } from './wgsl/gemm.js';
+export { elementwiseKernel, runElementwise } from './ops/elementwise.js';
+export { add, addOp } from './ops/add.js';
+export { cast, castOp, castTo } from './ops/cast.js';
+export { linear, linearOp, type LinearOptions } from './ops/linear.js';
+export { matmul, matmulOp } from './ops/matmul.js';
+export { reshape, reshapeOp } from './ops/reshape.js';

@@ -1,0 +1,31 @@
+/** Errors of the tensor package. Each names the thing, the values and the fix. */
+
+/** Base class of all errors that Lorikeet throws on purpose. */
+export class LorikeetError extends Error {
+  override name = 'LorikeetError';
+}
+
+/** Shapes that do not fit an op's contract, or data that does not fit a shape. */
+export class ShapeError extends LorikeetError {
+  override name = 'ShapeError';
+}
+
+/** Storage types that an op does not take together; the message names `cast`. */
+export class DTypeError extends LorikeetError {
+  override name = 'DTypeError';
+}
+
+/** A tensor used after it was freed, an op outside any scope, or a scope misused. */
+export class LifetimeError extends LorikeetError {
+  override name = 'LifetimeError';
+}
+
+/** The device failed: validation error, out of memory, lost. Names the kernel and the op where they are known. */
+export class DeviceError extends LorikeetError {
+  override name = 'DeviceError';
+}
+
+/** No room: the pool's budget, a device limit, or the device itself. */
+export class OutOfMemoryError extends DeviceError {
+  override name = 'OutOfMemoryError';
+}

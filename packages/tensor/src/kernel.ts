@@ -1,0 +1,152 @@
+/**
+ * Kernels: a static WGSL body and a generated header.
+ *
+ * The header has the constants, the `Params` struct, the bindings, and for each binding load and store functions that
+ * hide how its tensor is stored, so that one body serves f32 and packed f16:
+ *
+ * | function | for | meaning |
+ * |---|---|---|
+ * | `x_load(i)` | all | element `i` of the stored layout (f32 for float tensors, else i32 or u32) |
+ * | `x_load4(i4)`, `x_load8(i8)` | float, width >= 4; width 8 | elements `4*i4...`; `8*i8...` as `array<vec4<f32>, 2>` |
+ * | `x_store4(i4, v)` | float, written | four elements: whole words, so no two threads share one |
+ * | `x_store(i, v)` | f32, i32, u32, written, width 1 | one element |
+ *
+ * The body defines `fn kernel(group: u32, lane: u32)`; `group` runs over the dispatched workgroups (folded over x and y,
+ * since a dimension ends at 65535), `lane` is the index within the workgroup. Sizes come in as `P.name`; only constants
+ * and storage types key a pipeline.
+ */
+import type { DType } from './dtype.js';
+
+/** How a kernel uses a binding: `update` reads and writes. */
+export type Access = 'read' | 'write' | 'update';
+
+/** Elements per array item of a float binding: 1, 4 (the default) or 8. */
+export type Width = 1 | 4 | 8;
+
+/** A binding of a kernel: its access, and the width where it is not 4. */
+export type Binding = Access | { readonly access: Access; readonly width: Width };
+
+/** Scalar types of parameters. */
+export type ParamType = 'u32' | 'i32' | 'f32';
+
+/** What `defineKernel` takes. */
+export interface KernelSpec {
+  /** Name in error messages and profiles, snake_case. */
+  readonly name: string;
+  /** Storage bindings in order: at most 8, the least that every WebGPU device has. */
+  readonly bindings: Readonly<Record<string, Binding>>;
+  /** Uniform scalars, read as `P.name`. `groups` is there already. */
+  readonly params?: Readonly<Record<string, ParamType>>;
+  /** Compile-time constants with their defaults; a dispatch may give others. u32 unless there is a fraction. */
+  readonly constants?: Readonly<Record<string, number>>;
+  /** Threads of a workgroup; at most 256, so that default limits do. */
+  readonly workgroupSize: number;
+  /** Needs the `subgroups` feature. */
+  readonly subgroups?: boolean;
+  /** WGSL that defines `fn kernel(group: u32, lane: u32)`. */
+  readonly body: string;
+}
+
+/** A kernel as `Device.dispatch` takes it. */
+export interface Kernel extends KernelSpec {
+  readonly bindingList: readonly { readonly name: string; readonly access: Access; readonly width: Width }[];
+  readonly paramList: readonly (readonly [name: string, type: ParamType])[];
+  /** 'r' or 'w' per binding: kernels of one signature share a bind group layout. */
+  readonly signature: string;
+}
+
+/** Declares a kernel. Nothing is compiled before its first dispatch. */
+export function defineKernel(spec: KernelSpec): Kernel {
+  const bindingList = Object.entries(spec.bindings).map(([name, b]) =>
+    typeof b === 'string' ? { name, access: b, width: 4 as const } : { name, ...b },
+  );
+  return {
+    ...spec,
+    bindingList,
+    paramList: Object.entries(spec.params ?? {}),
+    signature: bindingList.map((b) => (b.access === 'read' ? 'r' : 'w')).join(''),
+  };
+}
+
+/** The whole WGSL source of a kernel for the given storage types. */
+export function kernelSource(
+  kernel: Kernel,
+  dtypes: readonly DType[],
+  constants: Readonly<Record<string, number>>,
+): string {
+  const lines: string[] = [];
+  if (kernel.subgroups) lines.push('enable subgroups;', 'diagnostic(off, subgroup_uniformity);');
+  for (const [name, fallback] of Object.entries(kernel.constants ?? {})) {
+    const value = constants[name] ?? fallback;
+    lines.push(Number.isInteger(value) ? `const ${name}: u32 = ${value}u;` : `const ${name}: f32 = ${value};`);
+  }
+  lines.push(`const WORKGROUP: u32 = ${kernel.workgroupSize}u;`);
+  lines.push('struct Params { groups: u32,', ...kernel.paramList.map(([name, type]) => `  ${name}: ${type},`), '}');
+  kernel.bindingList.forEach((b, i) => {
+    lines.push(bindingSource(i, b.name, b.access, b.width, dtypes[i]));
+  });
+  lines.push(`@group(0) @binding(${kernel.bindingList.length}) var<uniform> P: Params;`);
+  lines.push(
+    '// The lanes of v from column `columns` on set to zero; `column` is the column of v.x.',
+    'fn mask4(v: vec4<f32>, column: u32, columns: u32) -> vec4<f32> {',
+    '  return select(vec4<f32>(0.0), v, vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(columns));',
+    '}',
+    kernel.body,
+    `@compute @workgroup_size(${kernel.workgroupSize})`,
+    'fn main(@builtin(workgroup_id) id: vec3<u32>, @builtin(num_workgroups) count: vec3<u32>, @builtin(local_invocation_index) lane: u32) {',
+    '  let group = id.x + id.y * count.x;',
+    '  if (group < P.groups) { kernel(group, lane); }',
+    '}',
+  );
+  return lines.join('\n');
+}
+
+function bindingSource(index: number, x: string, access: Access, width: Width, dtype: DType): string {
+  const writes = access !== 'read';
+  const declare = (type: string): string =>
+    `@group(0) @binding(${index}) var<storage, ${writes ? 'read_write' : 'read'}> ${x}: array<${type}>;`;
+  const store = (text: string): string => (writes ? text : '');
+  if (dtype === 'i32' || dtype === 'u32') {
+    return [
+      declare(dtype),
+      `fn ${x}_load(i: u32) -> ${dtype} { return ${x}[i]; }`,
+      store(`fn ${x}_store(i: u32, v: ${dtype}) { ${x}[i] = v; }`),
+    ].join('\n');
+  }
+  const unpack = (word: string): string => `unpack2x16float(${word})`;
+  if (dtype === 'f16') {
+    if (width === 1) {
+      return [declare('u32'), `fn ${x}_load(i: u32) -> f32 { return ${unpack(`${x}[i >> 1u]`)}[i & 1u]; }`].join('\n');
+    }
+    const load4 = (w: string): string => `vec4<f32>(${unpack(`${w}.x`)}, ${unpack(`${w}.y`)})`;
+    if (width === 4) {
+      return [
+        declare('vec2<u32>'),
+        `fn ${x}_load(i: u32) -> f32 { return ${unpack(`${x}[i >> 2u][(i >> 1u) & 1u]`)}[i & 1u]; }`,
+        `fn ${x}_load4(i: u32) -> vec4<f32> { let w = ${x}[i]; return ${load4('w')}; }`,
+        store(
+          `fn ${x}_store4(i: u32, v: vec4<f32>) { ${x}[i] = vec2<u32>(pack2x16float(v.xy), pack2x16float(v.zw)); }`,
+        ),
+      ].join('\n');
+    }
+    return [
+      declare('vec4<u32>'),
+      `fn ${x}_load(i: u32) -> f32 { return ${unpack(`${x}[i >> 3u][(i >> 1u) & 3u]`)}[i & 1u]; }`,
+      `fn ${x}_load8(i: u32) -> array<vec4<f32>, 2> { let w = ${x}[i]; return array<vec4<f32>, 2>(${load4('w.xy')}, ${load4('w.zw')}); }`,
+    ].join('\n');
+  }
+  if (width === 1) {
+    return [
+      declare('f32'),
+      `fn ${x}_load(i: u32) -> f32 { return ${x}[i]; }`,
+      store(`fn ${x}_store(i: u32, v: f32) { ${x}[i] = v; }`),
+    ].join('\n');
+  }
+  return [
+    declare('vec4<f32>'),
+    `fn ${x}_load(i: u32) -> f32 { return ${x}[i >> 2u][i & 3u]; }`,
+    `fn ${x}_load4(i: u32) -> vec4<f32> { return ${x}[i]; }`,
+    `fn ${x}_load8(i: u32) -> array<vec4<f32>, 2> { return array<vec4<f32>, 2>(${x}[2u * i], ${x}[2u * i + 1u]); }`,
+    store(`fn ${x}_store4(i: u32, v: vec4<f32>) { ${x}[i] = v; }`),
+  ].join('\n');
+}
