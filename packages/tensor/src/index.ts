@@ -5,7 +5,16 @@
 export * from './device.js';
 export { type DType, type HostArray, bytesPerElement, f16Bits, f16Value, pitchOf, storedBytes } from './dtype.js';
 export * from './errors.js';
-export { type Access, type Binding, defineKernel, type Kernel, type KernelSpec, kernelSource, type ParamType, type Width } from './kernel.js';
+export {
+  type Access,
+  type Binding,
+  defineKernel,
+  type Kernel,
+  type KernelSpec,
+  kernelSource,
+  type ParamType,
+  type Width,
+} from './kernel.js';
 export * from './op.js';
 export { capacityOf } from './pool.js';
 export { keep, own, Owned, scope, scopeDepth } from './scope.js';
@@ -18,3 +27,21 @@ export { cast, castOp, castTo } from './ops/cast.js';
 export { linear, linearOp, type LinearOptions } from './ops/linear.js';
 export { matmul, matmulOp } from './ops/matmul.js';
 export { reshape, reshapeOp } from './ops/reshape.js';
+export * from './byte-source.js';
+export * from './float-bytes.js';
+export {
+  describeJson,
+  FormatError,
+  formatJson,
+  integersOf,
+  isJsonArray,
+  isJsonObject,
+  JsonFields,
+  type JsonObject,
+  type JsonValue,
+  parseJson,
+  parseJsonObject,
+  quoted,
+} from './json.js';
+export { nearestNames } from './nearest.js';
+export * from './safetensors.js';

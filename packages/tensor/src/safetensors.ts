@@ -1,0 +1,621 @@
+/**
+ * The safetensors format, read and written by ranges: an 8-byte little-endian header length, a JSON header, the
+ * tensors' bytes without gaps. Nothing larger than the header is ever held, so files beyond 4 GiB work, and the header
+ * is untrusted: every claim is checked before it is believed.
+ *
+ * Runs in Node and in browsers: bytes come from a ByteSource.
+ */
+import type { ByteFolder, ByteSink, ByteSource, SinkFolder } from './byte-source.js';
+import { decodeFloats } from './float-bytes.js';
+import { describeJson, FormatError, formatJson, integersOf, isJsonObject, parseJsonObject, quoted } from './json.js';
+import type { JsonValue } from './json.js';
+import { nearestNames } from './nearest.js';
+
+/** A file or a request that breaks the safetensors format. The message names the file, the tensor and the values. */
+export class SafetensorsError extends FormatError {
+  override name = 'SafetensorsError';
+}
+
+/**
+ * Element types and their bytes, in the format's own order, by which files are laid out: wide types first, so that
+ * every tensor starts aligned to its element. The 4- and 6-bit types of newer files are refused by name.
+ */
+const dtypeBytes = {
+  BOOL: 1,
+  U8: 1,
+  I8: 1,
+  F8_E5M2: 1,
+  F8_E4M3: 1,
+  F8_E8M0: 1,
+  F8_E4M3FNUZ: 1,
+  F8_E5M2FNUZ: 1,
+  I16: 2,
+  U16: 2,
+  F16: 2,
+  BF16: 2,
+  I32: 4,
+  U32: 4,
+  F32: 4,
+  C64: 8,
+  F64: 8,
+  I64: 8,
+  U64: 8,
+} as const;
+
+/** Element type of a stored tensor, in the spelling of the format. */
+export type SafetensorsDType = keyof typeof dtypeBytes;
+
+const dtypeNames: readonly string[] = Object.keys(dtypeBytes);
+
+/** Bytes of one element. */
+export function safetensorsElementBytes(dtype: SafetensorsDType): number {
+  return dtypeBytes[dtype];
+}
+
+function isDType(name: JsonValue | undefined): name is SafetensorsDType {
+  return typeof name === 'string' && Object.hasOwn(dtypeBytes, name);
+}
+
+/** The format's own bound on the header. */
+const maxHeaderBytes = 100_000_000;
+
+/** What a file says of one tensor. */
+export interface TensorInfo {
+  readonly name: string;
+  readonly dtype: SafetensorsDType;
+  readonly shape: readonly number[];
+  /** Bytes stored. */
+  readonly byteLength: number;
+  /** Name of the file that holds it. */
+  readonly file: string;
+}
+
+/** A piece of a tensor's bytes. */
+export interface TensorChunk {
+  /** Offset of the piece within the tensor, in bytes; a multiple of the element size. */
+  readonly byteStart: number;
+  readonly bytes: Uint8Array;
+}
+
+/** An open checkpoint: one file, or all shards of one. Closing it closes its files. */
+export interface TensorFile {
+  readonly name: string;
+  /** The header's `__metadata__`; of a sharded checkpoint, the first shard's. */
+  readonly metadata: ReadonlyMap<string, string>;
+  /** Every tensor by its name, in the order of the data. */
+  readonly tensors: ReadonlyMap<string, TensorInfo>;
+  /** One tensor's facts; throws an error that suggests names where it is missing. */
+  info(name: string): TensorInfo;
+  /** All bytes of a tensor. For tensors beyond 1 GiB use {@link TensorFile.chunks}: some platforms hold no more in one array. */
+  read(name: string): Promise<Uint8Array>;
+  /** The bytes from `byteStart` to before `byteEnd`, counted within the tensor. */
+  readRange(name: string, byteStart: number, byteEnd: number): Promise<Uint8Array>;
+  /** The bytes in order, in pieces of at most `chunkBytes` (4 MiB unless told) that hold whole elements. */
+  chunks(name: string, chunkBytes?: number): AsyncGenerator<TensorChunk, void, undefined>;
+  /** A float tensor's values as f32 (F64 is rounded, the others are exact). */
+  readFloats(name: string): Promise<Float32Array<ArrayBuffer>>;
+  close(): Promise<void>;
+}
+
+interface Located {
+  readonly info: TensorInfo;
+  readonly source: ByteSource;
+  /** Absolute offset of the tensor's first byte in the source. */
+  readonly start: number;
+}
+
+interface Header {
+  readonly metadata: ReadonlyMap<string, string>;
+  readonly located: readonly Located[];
+}
+
+/**
+ * Opens one safetensors file: reads the header and checks all of it. The source belongs to the result from then on,
+ * and is closed where opening fails.
+ *
+ * @throws SafetensorsError for a header that is too long, cut off, not UTF-8 or not JSON, has a key twice, an unknown
+ *   dtype, a bad shape or offsets, or whose tensors overlap, leave holes, or do not fill the file exactly
+ */
+export async function openSafetensors(source: ByteSource): Promise<TensorFile> {
+  try {
+    const header = await readHeader(source);
+    return new OpenTensorFile(source.name, header.metadata, header.located);
+  } catch (error) {
+    await source.close?.();
+    throw error;
+  }
+}
+
+/**
+ * Opens a checkpoint folder: `model.safetensors`, or where there is none the shards that `model.safetensors.index.json`
+ * names. The index is untrusted too: its file names must be plain names inside the folder.
+ *
+ * @param options.baseName `model` unless told
+ * @throws SafetensorsError that names every missing shard, or every tensor that a shard does not hold, at once
+ */
+export async function openCheckpoint(folder: ByteFolder, options: { baseName?: string } = {}): Promise<TensorFile> {
+  const baseName = options.baseName ?? 'model';
+  const single = await folder.open(`${baseName}.safetensors`);
+  if (single !== undefined) return openSafetensors(single);
+  const indexName = `${baseName}.safetensors.index.json`;
+  const index = await folder.open(indexName);
+  if (index === undefined) throw await noCheckpoint(folder, baseName);
+  return openShards(folder, await readIndex(index), `${folder.name}/${indexName}`);
+}
+
+async function noCheckpoint(folder: ByteFolder, baseName: string): Promise<SafetensorsError> {
+  const files = (await folder.list?.()) ?? [];
+  const pickled = files.filter((file) => /\.(bin|pt|pth|ckpt)$/.test(file)).map(quoted);
+  const hint =
+    pickled.length > 0
+      ? `; it holds ${pickled.join(', ')}: pickled weights, which are not read since they can run code; convert them to safetensors first`
+      : files.length > 0
+        ? `; it holds ${files.slice(0, 10).map(quoted).join(', ')}${files.length > 10 ? ` and ${files.length - 10} more` : ''}`
+        : '';
+  return new SafetensorsError(
+    `${folder.name}: no ${baseName}.safetensors and no ${baseName}.safetensors.index.json there${hint}`,
+  );
+}
+
+/** Reads the index: tensor name to shard file name, each checked to be a plain name. Closes the source. */
+async function readIndex(source: ByteSource): Promise<ReadonlyMap<string, string>> {
+  try {
+    if (source.size > maxHeaderBytes) {
+      throw new SafetensorsError(
+        `${source.name}: ${source.size} bytes are too many for an index (at most ${maxHeaderBytes})`,
+      );
+    }
+    const text = decodeUtf8(await readExactly(source, 0, source.size), source.name);
+    const object = asSafetensorsError(() => parseJsonObject(text, source.name));
+    const map = object['weight_map'];
+    if (!isJsonObject(map))
+      throw new SafetensorsError(`${source.name}: weight_map must be an object, is ${describeJson(map)}`);
+    const shards = new Map<string, string>();
+    for (const [tensor, file] of Object.entries(map)) {
+      if (typeof file !== 'string' || !isPlainFileName(file)) {
+        throw new SafetensorsError(
+          `${source.name}: tensor ${quoted(tensor)} is said to be in ${typeof file === 'string' ? quoted(file) : describeJson(file)}, ` +
+            'which is not a plain file name inside the folder; the index is refused',
+        );
+      }
+      shards.set(tensor, file);
+    }
+    if (shards.size === 0) throw new SafetensorsError(`${source.name}: weight_map names no tensor`);
+    return shards;
+  } finally {
+    await source.close?.();
+  }
+}
+
+/**
+ * True for a name that stays inside its folder on every platform: no separator of either kind, no drive or stream
+ * colon, no control character, not a dot name.
+ */
+export function isPlainFileName(name: string): boolean {
+  if (name.length === 0 || name.length > 255 || name === '.' || name === '..') return false;
+  return [...name].every((c) => c >= ' ' && !'/\\:'.includes(c));
+}
+
+async function openShards(
+  folder: ByteFolder,
+  shardOf: ReadonlyMap<string, string>,
+  indexName: string,
+): Promise<TensorFile> {
+  const files = [...new Set(shardOf.values())].sort();
+  const opened: ByteSource[] = [];
+  try {
+    const missing: string[] = [];
+    const found = new Map<string, Located>();
+    const metadata = new Map<string, string>();
+    for (const [i, file] of files.entries()) {
+      const source = await folder.open(file);
+      if (source === undefined) {
+        missing.push(file);
+        continue;
+      }
+      opened.push(source);
+      const header = await readHeader(source);
+      if (i === 0) for (const [key, value] of header.metadata) metadata.set(key, value);
+      // The index decides where a tensor is read from; a shard may hold tensors that the index places elsewhere.
+      for (const tensor of header.located) {
+        if (shardOf.get(tensor.info.name) === file) found.set(tensor.info.name, tensor);
+      }
+    }
+    if (missing.length > 0) {
+      throw new SafetensorsError(
+        `${folder.name}: ${missing.length} of ${files.length} shards are missing: ${missing.map(quoted).join(', ')}; ` +
+          `${indexName} names them; fetch the rest of the checkpoint`,
+      );
+    }
+    const absent = [...shardOf].filter(([tensor]) => !found.has(tensor));
+    if (absent.length > 0) {
+      throw new SafetensorsError(
+        `${indexName}: ${absent.length} tensors are not in the shards it names: ` +
+          absent.map(([tensor, file]) => `${quoted(tensor)} in ${quoted(file)}`).join(', '),
+      );
+    }
+    return new OpenTensorFile(folder.name, metadata, [...found.values()]);
+  } catch (error) {
+    for (const source of opened) await source.close?.();
+    throw error;
+  }
+}
+
+async function readHeader(source: ByteSource): Promise<Header> {
+  const { name, size } = source;
+  if (size < 8)
+    throw new SafetensorsError(
+      `${name}: ${size} bytes are too few for a safetensors file (8 give the header's length)`,
+    );
+  const prefix = await readExactly(source, 0, 8);
+  const length = new DataView(prefix.buffer, prefix.byteOffset, 8).getBigUint64(0, true);
+  if (length > BigInt(maxHeaderBytes)) {
+    throw new SafetensorsError(
+      `${name}: the header's length is given as ${length} bytes, the format allows ${maxHeaderBytes}; this is not a safetensors file`,
+    );
+  }
+  const headerBytes = Number(length);
+  if (8 + headerBytes > size) {
+    throw new SafetensorsError(
+      `${name}: the header's length is given as ${headerBytes} bytes, but the file has ${size}; it is cut off or not a safetensors file`,
+    );
+  }
+  const raw = await readExactly(source, 8, headerBytes);
+  if (raw[0] !== 0x7b) {
+    throw new SafetensorsError(
+      `${name}: the header must begin with "{", begins with ${raw.length === 0 ? 'nothing' : `byte ${raw[0]}`}`,
+    );
+  }
+  return asSafetensorsError(() => checkHeader(decodeUtf8(raw, `${name}: header`), source, 8 + headerBytes));
+}
+
+function checkHeader(text: string, source: ByteSource, dataStart: number): Header {
+  const { name } = source;
+  const object = parseJsonObject(text, `${name}: header`);
+  const dataBytes = source.size - dataStart;
+  const metadata = new Map<string, string>();
+  const located: Located[] = [];
+  for (const [key, value] of Object.entries(object)) {
+    if (key === '__metadata__') {
+      if (!isJsonObject(value))
+        throw new SafetensorsError(`${name}: __metadata__ must be an object, is ${describeJson(value)}`);
+      for (const [field, text] of Object.entries(value)) {
+        if (typeof text !== 'string') {
+          throw new SafetensorsError(
+            `${name}: __metadata__ ${quoted(field)} must be a string, is ${describeJson(text)}`,
+          );
+        }
+        metadata.set(field, text);
+      }
+      continue;
+    }
+    const { info, begin } = checkEntry(name, key, value, dataBytes);
+    located.push({ info, source, start: dataStart + begin });
+  }
+  located.sort((a, b) => a.start - b.start || a.info.byteLength - b.info.byteLength);
+  let end = dataStart;
+  let previous = 'the header';
+  for (const { info, start } of located) {
+    const at = `tensor ${quoted(info.name)} begins at data byte ${start - dataStart}`;
+    if (start < end) {
+      throw new SafetensorsError(
+        `${name}: ${at}, inside ${previous}, which ends at ${end - dataStart}; tensors must not overlap`,
+      );
+    }
+    if (start > end) {
+      throw new SafetensorsError(
+        `${name}: ${at}, but ${previous} ends at ${end - dataStart}; the format allows no hole between tensors`,
+      );
+    }
+    end = start + info.byteLength;
+    previous = `tensor ${quoted(info.name)}`;
+  }
+  if (end !== source.size) {
+    throw new SafetensorsError(
+      `${name}: ${source.size - end} bytes follow the last tensor (${previous}), which the format does not allow`,
+    );
+  }
+  return { metadata, located };
+}
+
+function checkEntry(
+  file: string,
+  name: string,
+  value: JsonValue,
+  dataBytes: number,
+): { info: TensorInfo; begin: number } {
+  const where = `${file}: tensor ${quoted(name)}`;
+  if (!isJsonObject(value)) throw new SafetensorsError(`${where}: must be an object, is ${describeJson(value)}`);
+  const { dtype, shape, data_offsets: offsets } = value;
+  if (!isDType(dtype)) {
+    throw new SafetensorsError(`${where}: unknown dtype ${describeJson(dtype)}; known are ${dtypeNames.join(', ')}`);
+  }
+  const sizes = integersOf(shape);
+  if (sizes === undefined) {
+    throw new SafetensorsError(`${where}: shape must be a list of integers >= 0, is ${describeJson(shape)}`);
+  }
+  const range = integersOf(offsets);
+  if (range?.length !== 2 || range[0] > range[1]) {
+    throw new SafetensorsError(
+      `${where}: data_offsets must be [begin, end] with 0 <= begin <= end, is ${describeJson(offsets)}`,
+    );
+  }
+  const [begin, end] = range;
+  const byteLength = sizes.includes(0) ? 0 : sizes.reduce((product, size) => product * size, dtypeBytes[dtype]);
+  if (end - begin !== byteLength) {
+    throw new SafetensorsError(
+      `${where}: data_offsets [${begin}, ${end}] hold ${end - begin} bytes, but ${dtype} of shape [${sizes.join(', ')}] needs ${byteLength}`,
+    );
+  }
+  if (end > dataBytes) {
+    throw new SafetensorsError(
+      `${where}: ends at data byte ${end}, but the file holds ${dataBytes} bytes of data; the file is cut off, fetch it again`,
+    );
+  }
+  return { info: { name, dtype, shape: sizes, byteLength, file }, begin };
+}
+
+function decodeUtf8(bytes: Uint8Array, where: string): string {
+  try {
+    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
+  } catch {
+    throw new SafetensorsError(`${where}: not valid UTF-8`);
+  }
+}
+
+function asSafetensorsError<T>(fn: () => T): T {
+  try {
+    return fn();
+  } catch (error) {
+    if (error instanceof FormatError && !(error instanceof SafetensorsError)) throw new SafetensorsError(error.message);
+    throw error;
+  }
+}
+
+async function readExactly(source: ByteSource, offset: number, length: number): Promise<Uint8Array> {
+  const bytes = await source.read(offset, length);
+  if (bytes.byteLength !== length) {
+    throw new SafetensorsError(
+      `${source.name}: ${length} bytes at ${offset} were asked for, ${bytes.byteLength} came; did the file change while open?`,
+    );
+  }
+  return bytes;
+}
+
+class OpenTensorFile implements TensorFile {
+  readonly name: string;
+  readonly metadata: ReadonlyMap<string, string>;
+  readonly tensors: ReadonlyMap<string, TensorInfo>;
+  readonly #located: ReadonlyMap<string, Located>;
+  #closed = false;
+
+  constructor(name: string, metadata: ReadonlyMap<string, string>, located: readonly Located[]) {
+    this.name = name;
+    this.metadata = metadata;
+    this.tensors = new Map(located.map(({ info }) => [info.name, info]));
+    this.#located = new Map(located.map((tensor) => [tensor.info.name, tensor]));
+  }
+
+  info(name: string): TensorInfo {
+    return this.#locate(name).info;
+  }
+
+  read(name: string): Promise<Uint8Array> {
+    return this.readRange(name, 0, this.info(name).byteLength);
+  }
+
+  async readRange(name: string, byteStart: number, byteEnd: number): Promise<Uint8Array> {
+    const { info, source, start } = this.#locate(name);
+    if (
+      !Number.isSafeInteger(byteStart) ||
+      !Number.isSafeInteger(byteEnd) ||
+      byteStart < 0 ||
+      byteStart > byteEnd ||
+      byteEnd > info.byteLength
+    ) {
+      throw new SafetensorsError(
+        `${info.file}: tensor ${quoted(name)}: bytes ${byteStart} to ${byteEnd} were asked for, it has ${info.byteLength}`,
+      );
+    }
+    if (this.#closed)
+      throw new SafetensorsError(`${this.name}: tensor ${quoted(name)} was read after the file was closed`);
+    return readExactly(source, start + byteStart, byteEnd - byteStart);
+  }
+
+  async *chunks(name: string, chunkBytes: number = 4 * 2 ** 20): AsyncGenerator<TensorChunk, void, undefined> {
+    const { byteLength, dtype } = this.info(name);
+    const width = dtypeBytes[dtype];
+    const step = Math.max(width, Math.floor(chunkBytes / width) * width);
+    for (let at = 0; at < byteLength; at += step) {
+      yield { byteStart: at, bytes: await this.readRange(name, at, Math.min(at + step, byteLength)) };
+    }
+  }
+
+  async readFloats(name: string): Promise<Float32Array<ArrayBuffer>> {
+    return decodeFloats(await this.read(name), this.info(name).dtype);
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true;
+    for (const source of new Set([...this.#located.values()].map((tensor) => tensor.source))) await source.close?.();
+  }
+
+  #locate(name: string): Located {
+    const tensor = this.#located.get(name);
+    if (tensor !== undefined) return tensor;
+    const near = nearestNames(name, this.#located.keys()).map(quoted);
+    throw new SafetensorsError(
+      `${this.name}: no tensor ${quoted(name)} among its ${this.#located.size}${near.length > 0 ? `; nearest: ${near.join(', ')}` : ''}`,
+    );
+  }
+}
+
+/** One tensor to write. */
+export interface TensorEntry {
+  readonly name: string;
+  readonly dtype: SafetensorsDType;
+  readonly shape: readonly number[];
+  /** The bytes, or a function that gives them when their turn comes: all at once or piece by piece. */
+  readonly data: Uint8Array | (() => Uint8Array | Promise<Uint8Array> | AsyncIterable<Uint8Array>);
+}
+
+/** What files written for PyTorch readers carry; transformers refuses a file without it. */
+const defaultMetadata: Readonly<Record<string, string>> = { format: 'pt' };
+
+function bytesOfEntry(entry: TensorEntry): number {
+  const sizes = integersOf([...entry.shape]);
+  const bytes = sizes?.reduce((product, size) => product * size, dtypeBytes[entry.dtype]);
+  if (bytes === undefined || !Number.isSafeInteger(bytes)) {
+    throw new SafetensorsError(
+      `tensor ${quoted(entry.name)}: shape [${entry.shape.join(', ')}] is not a list of integers >= 0`,
+    );
+  }
+  return bytes;
+}
+
+/** The layout that the format's own writer uses: wide types first, then by name. */
+function inFileOrder(entries: readonly TensorEntry[]): TensorEntry[] {
+  return [...entries].sort((a, b) => {
+    return (
+      dtypeNames.indexOf(b.dtype) - dtypeNames.indexOf(a.dtype) || (a.name < b.name ? -1 : a.name > b.name ? 1 : 0)
+    );
+  });
+}
+
+/**
+ * Writes one file to a sink, tensor after tensor, holding one piece at a time; the bytes are those that the format's
+ * own writer makes. The caller closes the sink, or aborts it where this rejects.
+ *
+ * @param metadata `{ format: 'pt' }` unless told
+ * @throws SafetensorsError for a name twice, a bad shape, or data whose length is not what dtype and shape need
+ */
+export async function writeSafetensors(
+  sink: ByteSink,
+  entries: readonly TensorEntry[],
+  metadata: Readonly<Record<string, string>> = defaultMetadata,
+): Promise<void> {
+  const ordered = inFileOrder(entries);
+  const header = new Map<string, JsonValue>();
+  if (Object.keys(metadata).length > 0) {
+    header.set('__metadata__', Object.fromEntries(Object.entries(metadata).sort(([a], [b]) => (a < b ? -1 : 1))));
+  }
+  let offset = 0;
+  for (const entry of ordered) {
+    if (entry.name === '__metadata__' || header.has(entry.name)) {
+      throw new SafetensorsError(
+        `${sink.name}: a second tensor ${quoted(entry.name)}; names must differ (and not be __metadata__)`,
+      );
+    }
+    const end = offset + bytesOfEntry(entry);
+    header.set(entry.name, { dtype: entry.dtype, shape: [...entry.shape], data_offsets: [offset, end] });
+    offset = end;
+  }
+  // Not Object.fromEntries: number-like names would move to the front of a plain object.
+  const json = `{${[...header].map(([key, value]) => `${JSON.stringify(key)}:${JSON.stringify(value)}`).join(',')}}`;
+  const text = new TextEncoder().encode(json);
+  const head = new Uint8Array(8 + Math.ceil(text.length / 8) * 8).fill(0x20);
+  if (head.length - 8 > maxHeaderBytes) {
+    throw new SafetensorsError(
+      `${sink.name}: a header of ${head.length - 8} bytes is over the format's ${maxHeaderBytes}; write more shards`,
+    );
+  }
+  new DataView(head.buffer).setBigUint64(0, BigInt(head.length - 8), true);
+  head.set(text, 8);
+  await sink.write(head);
+  for (const entry of ordered) await writeData(sink, entry);
+}
+
+async function writeData(sink: ByteSink, entry: TensorEntry): Promise<void> {
+  const needed = bytesOfEntry(entry);
+  let written = 0;
+  const put = async (bytes: Uint8Array): Promise<void> => {
+    written += bytes.byteLength;
+    if (written <= needed && bytes.byteLength > 0) await sink.write(bytes);
+  };
+  const data = typeof entry.data === 'function' ? await entry.data() : entry.data;
+  if (data instanceof Uint8Array) await put(data);
+  else for await (const piece of data) await put(piece);
+  if (written !== needed) {
+    throw new SafetensorsError(
+      `${sink.name}: tensor ${quoted(entry.name)}: ${entry.dtype} of shape [${entry.shape.join(', ')}] needs ${needed} bytes, was given ${written}`,
+    );
+  }
+}
+
+/** How a checkpoint is written. */
+export interface CheckpointOptions {
+  /** `model` unless told. */
+  readonly baseName?: string;
+  /** Largest sum of tensor bytes in one file; 5 GB unless told. A tensor that is larger gets a file of its own. */
+  readonly maxShardBytes?: number;
+  /** `{ format: 'pt' }` unless told. */
+  readonly metadata?: Readonly<Record<string, string>>;
+}
+
+/** One file of a checkpoint to be written; the index has no tensors. */
+export interface PlannedFile {
+  readonly name: string;
+  readonly entries: readonly TensorEntry[];
+}
+
+/**
+ * Divides tensors over the files of a checkpoint in the layout of Hugging Face: `model.safetensors` where everything
+ * fits in one file, else `model-00001-of-0000K.safetensors` filled in name order, and the index last.
+ */
+export function planCheckpoint(entries: readonly TensorEntry[], options: CheckpointOptions = {}): PlannedFile[] {
+  const { baseName = 'model', maxShardBytes = 5e9 } = options;
+  const shards: TensorEntry[][] = [];
+  let filled = 0;
+  for (const entry of [...entries].sort((a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : 0))) {
+    const bytes = bytesOfEntry(entry);
+    const last = shards.at(-1);
+    if (last === undefined || filled + bytes > maxShardBytes) {
+      shards.push([entry]);
+      filled = bytes;
+    } else {
+      last.push(entry);
+      filled += bytes;
+    }
+  }
+  if (shards.length <= 1) return [{ name: `${baseName}.safetensors`, entries: shards[0] ?? [] }];
+  const five = (n: number): string => String(n).padStart(5, '0');
+  const files = shards.map((shard, i) => {
+    return { name: `${baseName}-${five(i + 1)}-of-${five(shards.length)}.safetensors`, entries: shard };
+  });
+  return [...files, { name: `${baseName}.safetensors.index.json`, entries: [] }];
+}
+
+/**
+ * Writes a checkpoint as {@link planCheckpoint} lays it out. Every file is closed (made visible) only after all of
+ * them are written, the index last; on an error all are aborted.
+ *
+ * @returns the names of the files, the index last
+ */
+export async function writeCheckpoint(
+  folder: SinkFolder,
+  entries: readonly TensorEntry[],
+  options: CheckpointOptions = {},
+): Promise<string[]> {
+  const files = planCheckpoint(entries, options);
+  const sinks: ByteSink[] = [];
+  try {
+    for (const file of files) {
+      const sink = await folder.create(file.name);
+      sinks.push(sink);
+      if (file.name.endsWith('.index.json')) await sink.write(new TextEncoder().encode(indexText(files)));
+      else await writeSafetensors(sink, file.entries, options.metadata);
+    }
+    for (const sink of sinks) await sink.close();
+    return files.map((file) => file.name);
+  } catch (error) {
+    for (const sink of sinks) await sink.abort();
+    throw error;
+  }
+}
+
+function indexText(files: readonly PlannedFile[]): string {
+  const placed = files.flatMap((file) => file.entries.map((entry): [TensorEntry, string] => [entry, file.name]));
+  const total = placed.reduce((sum, [entry]) => sum + bytesOfEntry(entry), 0);
+  const weightMap = Object.fromEntries(placed.map(([entry, file]) => [entry.name, file]));
+  return `${formatJson({ metadata: { total_size: total }, weight_map: weightMap })}\n`;
+}
