@@ -25,7 +25,11 @@ find_adapter() {
   adapter=$(node scripts/adapter.mjs 2>"$log") || status=$?
   case $status in
     0 | 3) return $status ;;
-    *) cat "$log" >&2; die "The npm package \"webgpu\" did not load (see above). It needs glibc 2.34 or newer: Debian 12, Ubuntu 22.04." ;;
+    *)
+      cat "$log" >&2
+      say 'The npm package "webgpu" did not load (see above). If it is not found, install the dependencies first: npx pnpm install.'
+      die "Otherwise the system may be too old for it: it needs glibc 2.34 or newer (Debian 12, Ubuntu 22.04)."
+      ;;
   esac
 }
 
