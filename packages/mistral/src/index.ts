@@ -1,1 +1,33 @@
-export {};
+export { PhiloxRandom, philox4x32, type RandomSource } from './philox.js';
+export { meanResize } from './resize.js';
+export {
+  buildProcessors,
+  chooseToken,
+  type GenerationConfig,
+  greedy,
+  type LogitsProcessor,
+  minNewTokens,
+  minP,
+  newTokenLimit,
+  type ResolvedGenerationConfig,
+  type RowState,
+  repetitionPenalty,
+  resolveGenerationConfig,
+  sampleFrom,
+  StopStrings,
+  temperature,
+  topK,
+  topP,
+} from './sampling.js';
+export {
+  type AddedToken,
+  type Encoding,
+  type SpecialTokenName,
+  type SpecialTokenSpec,
+  type SpecialTokens,
+  type StreamDecoder,
+  specialTokenNames,
+  Tokenizer,
+  type TokenizerFiles,
+} from './tokenizer.js';
+export type { JsonObject } from './json-values.js';
