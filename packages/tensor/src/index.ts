@@ -45,3 +45,23 @@ export {
 } from './json.js';
 export { nearestNames } from './nearest.js';
 export * from './safetensors.js';
+export {
+  crossEntropy,
+  crossEntropyOp,
+  type CrossEntropy,
+  type CrossEntropyOptions,
+  ignoredLabel,
+} from './ops/cross-entropy.js';
+export { dropout, dropoutMaskReference, dropoutOp, type DropoutOptions } from './ops/dropout.js';
+export { embedding, embeddingOp, type EmbeddingOptions } from './ops/embedding.js';
+export { gatherRows, gatherRowsOp } from './ops/gather-rows.js';
+export { loraLinear, loraLinearOp, type LoraLinearOptions } from './ops/lora-linear.js';
+export { mul, mulOp } from './ops/mul.js';
+export { philox } from './ops/philox.js';
+export { rmsNorm, rmsNormOp, type RmsNormOptions } from './ops/rms-norm.js';
+export { scale, scaleOp } from './ops/scale.js';
+export { silu, siluOp } from './ops/silu.js';
+export { softmax, softmaxOp } from './ops/softmax.js';
+export { sum, sumOp } from './ops/sum.js';
+export { swiglu, swigluOp } from './ops/swiglu.js';
+export { transpose, transposeOp } from './ops/transpose.js';

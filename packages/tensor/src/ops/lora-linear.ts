@@ -1,0 +1,104 @@
+/** A linear layer with a low-rank update beside its weight. Hu et al., "LoRA", 2021. */
+import type { DType } from '../dtype.js';
+import { defineOp, type Op } from '../op.js';
+import type { Tensor } from '../tensor.js';
+import { gemm } from '../wgsl/gemm.js';
+import { addDropped, checkDropout, type DropoutOptions, dropped } from './dropout.js';
+
+/** Options of `loraLinear`. */
+export interface LoraLinearOptions {
+  /** Factor of the update: alpha / r, or alpha / sqrt(r) with rsLoRA. */
+  readonly scale: number;
+  /** Dropout on the update's input only. */
+  readonly dropout?: DropoutOptions | undefined;
+  /** Storage type of the result; x's when left out. */
+  readonly dtype?: 'f32' | 'f16' | undefined;
+}
+
+interface Attrs {
+  readonly scale: number;
+  readonly dropout: DropoutOptions | undefined;
+  readonly dtype: DType;
+  readonly dtypes: readonly DType[];
+}
+
+/** @internal */
+export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
+  name: 'loraLinear',
+  contract: 'x[..., D], w[O, D], a[R, D], b[O, R] -> [..., O]',
+  weights: ['w', 'a', 'b'],
+  forward: ([x, w, a, b], { attrs: { scale, dropout, dtype }, shapes, needs }) => {
+    const device = x.device;
+    const y = device.empty(shapes[0], dtype);
+    gemm(x, w, y, { transB: true });
+    const xa = device.empty([x.rows, a.shape[0]], 'f32');
+    gemm(dropout === undefined ? x : dropped(x, dropout), a, xa, { transB: true });
+    gemm(xa, b, y, { transB: true, alpha: scale, accumulate: true });
+    const [needX, needW, needA, needB] = needs;
+    return {
+      outputs: [y],
+      saved: [
+        needW || needA ? x : undefined,
+        needX ? w : undefined,
+        needX ? a : undefined,
+        needX || needA ? b : undefined,
+        needB ? xa : undefined,
+      ],
+    };
+  },
+  vjp: ({ dys: [dy], saved: [x, w, a, b, xa], needs, attrs: { scale, dropout, dtypes }, shapes }) => {
+    if (dy === undefined) return [];
+    const device = dy.device;
+    const grad = (i: number): Tensor => device.empty(shapes[i], dtypes[i]);
+    let dx: Tensor | undefined;
+    let dw: Tensor | undefined;
+    let da: Tensor | undefined;
+    let db: Tensor | undefined;
+    // g = scale dy b is what reaches the low-rank bottleneck: [rows, R].
+    let g: Tensor | undefined;
+    if (b !== undefined) {
+      g = device.empty([dy.rows, shapes[2][0]], 'f32');
+      gemm(dy, b, g, { alpha: scale });
+    }
+    if (needs[0] && w !== undefined && a !== undefined && g !== undefined) {
+      dx = grad(0);
+      gemm(dy, w, dx);
+      if (dropout === undefined) gemm(g, a, dx, { accumulate: true });
+      else {
+        const through = device.empty(shapes[0], 'f32');
+        gemm(g, a, through);
+        dx = addDropped(dx, through, dropout);
+      }
+    }
+    if (needs[1] && x !== undefined) {
+      dw = grad(1);
+      gemm(dy, x, dw, { transA: true });
+    }
+    if (needs[2] && x !== undefined && g !== undefined) {
+      da = grad(2);
+      gemm(g, dropout === undefined ? x : dropped(x, dropout), da, { transA: true });
+    }
+    if (needs[3] && xa !== undefined) {
+      db = grad(3);
+      gemm(dy, xa, db, { transA: true, alpha: scale });
+    }
+    return [dx, dw, da, db];
+  },
+});
+
+/**
+ * y = x w^T + scale (dropout(x) a^T) b^T, without ever forming b a. x: [..., D], w: [O, D], a: [R, D], b: [O, R] ->
+ * [..., O]. w, a and b may each be stored in another float type than x; a gradient has the type of its tensor. A frozen w
+ * costs nothing backward beyond dx.
+ * @throws LorikeetError when a dropout option is out of its range
+ */
+export function loraLinear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, options: LoraLinearOptions): Tensor {
+  const dropout = options.dropout;
+  if (dropout !== undefined) checkDropout(dropout, 'loraLinear');
+  return loraLinearOp.run([x, w, a, b], {
+    scale: options.scale,
+    dropout: dropout?.p === 0 ? undefined : dropout,
+    dtype: options.dtype ?? x.dtype,
+    dtypes: [x.dtype, w.dtype, a.dtype, b.dtype],
+  })[0];
+}
