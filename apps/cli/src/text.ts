@@ -1,0 +1,106 @@
+/** Small helpers for text that is shown to people. */
+
+/**
+ * Text that is safe on a terminal and stays on one line: control characters and bidirectional overrides are written as
+ * escapes, so that a file name or a data row cannot move the cursor or hide a part of a message.
+ * @param max longest result in characters; longer text is cut in its middle
+ */
+export function printable(text: string, max = 200): string {
+  const shortened = text.length > max ? `${text.slice(0, Math.ceil(max / 2) - 1)}…${text.slice(-Math.floor(max / 2))}` : text;
+  let out = '';
+  for (const character of shortened) {
+    const code = character.codePointAt(0) ?? 0;
+    if (character === '\n') out += '\\n';
+    else if (character === '\r') out += '\\r';
+    else if (character === '\t') out += '\\t';
+    else if (code < 0x20 || (code >= 0x7f && code < 0xa0)) out += `\\x${code.toString(16).padStart(2, '0')}`;
+    else if ((code >= 0x202a && code <= 0x202e) || (code >= 0x2066 && code <= 0x2069)) out += `\\u${code.toString(16)}`;
+    else out += character;
+  }
+  return out;
+}
+
+/** A value from a config or data file as it is quoted in a message: JSON, shortened. */
+export function quoted(value: unknown, max = 80): string {
+  const text = JSON.stringify(value) ?? String(value);
+  return printable(text, max);
+}
+
+/** `1,234,567`. */
+export function formatCount(value: number): string {
+  return Math.round(value).toLocaleString('en-US');
+}
+
+/** Bytes with a unit of powers of 1000, as disks and downloads are sold: `168 MB`, `4.30 GB`. */
+export function formatBytes(bytes: number): string {
+  const units = ['B', 'kB', 'MB', 'GB', 'TB'];
+  let value = bytes;
+  let unit = 0;
+  while (value >= 999.5 && unit < units.length - 1) {
+    value /= 1000;
+    unit++;
+  }
+  const digits = unit === 0 || value >= 99.95 ? 0 : value >= 9.995 ? 1 : 2;
+  return `${value.toFixed(digits)} ${units[unit]}`;
+}
+
+/** Seconds as `12s`, `3m05s`, `1h42m`. */
+export function formatDuration(seconds: number): string {
+  if (!Number.isFinite(seconds)) return '?';
+  const total = Math.max(0, Math.round(seconds));
+  if (total < 60) return `${total}s`;
+  const minutes = Math.floor(total / 60);
+  if (minutes < 60) return `${minutes}m${String(total % 60).padStart(2, '0')}s`;
+  return `${Math.floor(minutes / 60)}h${String(minutes % 60).padStart(2, '0')}m`;
+}
+
+/** A number in few characters: `9.8e-5`, `0.412`, `1,204`. */
+export function formatNumber(value: number, digits = 3): string {
+  if (!Number.isFinite(value)) return String(value);
+  const size = Math.abs(value);
+  if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(Math.max(0, digits - 2)).replace('e+', 'e');
+  if (size >= 1000) return formatCount(value);
+  return Number(value.toPrecision(digits)).toString();
+}
+
+/** Number of single-character insertions, deletions, replacements and swaps of neighbours between two words. */
+export function editDistance(a: string, b: string): number {
+  const rows: number[][] = [];
+  for (let i = 0; i <= a.length; i++) {
+    const row: number[] = [];
+    for (let j = 0; j <= b.length; j++) {
+      if (i === 0 || j === 0) {
+        row.push(i + j);
+        continue;
+      }
+      const above = rows[i - 1] ?? [];
+      let best = Math.min((above[j] ?? 0) + 1, (row[j - 1] ?? 0) + 1);
+      best = Math.min(best, (above[j - 1] ?? 0) + (a[i - 1] === b[j - 1] ? 0 : 1));
+      if (i > 1 && j > 1 && a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) {
+        best = Math.min(best, (rows[i - 2]?.[j - 2] ?? 0) + 1);
+      }
+      row.push(best);
+    }
+    rows.push(row);
+  }
+  return rows[a.length]?.[b.length] ?? 0;
+}
+
+/** The candidate that `word` most likely meant, or undefined when none is near. Case, `-` and `_` do not count. */
+export function nearest(word: string, candidates: Iterable<string>): string | undefined {
+  const plain = (text: string): string => text.toLowerCase().replaceAll('-', '_');
+  const wanted = plain(word).slice(0, 100);
+  let found: string | undefined;
+  let best = Number.POSITIVE_INFINITY;
+  for (const candidate of candidates) {
+    const name = plain(candidate);
+    let distance = editDistance(wanted, name);
+    // `max_seq_len` is nearer to `max_seq_length` than the count of letters says.
+    if (wanted.length >= 4 && (name.startsWith(wanted) || wanted.startsWith(name))) distance = Math.min(distance, 1.5);
+    if (distance < best) {
+      best = distance;
+      found = candidate;
+    }
+  }
+  return best <= Math.max(1.5, wanted.length / 3) ? found : undefined;
+}
