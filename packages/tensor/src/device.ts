@@ -90,8 +90,8 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
   const features: GPUFeatureName[] = [];
   if (options.shaderF16 !== false && adapter.features.has('shader-f16')) features.push('shader-f16');
   if (options.subgroups !== false && adapter.features.has('subgroups')) features.push('subgroups');
-  const requiredLimits: Record<string, number> = {};
-  if (options.limits !== 'default') for (const name of raisedLimits) requiredLimits[name] = Number(adapter.limits[name]);
+  const requiredLimits: Record<string, number | undefined> = {};
+  if (options.limits !== 'default') for (const name of raisedLimits) requiredLimits[name] = adapter.limits[name];
   let device: GPUDevice;
   try {
     device = await adapter.requestDevice({ requiredFeatures: features, requiredLimits });
@@ -141,7 +141,7 @@ export class Device {
     this.#device = device;
     this.#poison = options.poison === true;
     this.limits = device.limits;
-    const fixed = info.subgroupMinSize === info.subgroupMaxSize ? info.subgroupMinSize : 0;
+    const fixed = info.subgroupMinSize === info.subgroupMaxSize ? (info.subgroupMinSize ?? 0) : 0;
     this.info = {
       vendor: info.vendor,
       architecture: info.architecture,
