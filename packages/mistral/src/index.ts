@@ -31,3 +31,4 @@ export {
   type TokenizerFiles,
 } from './tokenizer.js';
 export type { JsonObject } from './json-values.js';
+export * from './config.js';

@@ -82,7 +82,8 @@ function duplicateKey(text: string): string | undefined {
       while (' \t\n\r'.includes(text[after] ?? '.')) after++;
       const keys = seen.at(-1);
       if (text[after] === ':' && keys !== undefined) {
-        const key = String(parseRaw(text.slice(start, i + 1)));
+        const literal = parseRaw(text.slice(start, i + 1));
+        const key = typeof literal === 'string' ? literal : '';
         path[path.length - 1] = key;
         if (keys.has(key))
           return (

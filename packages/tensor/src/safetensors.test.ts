@@ -196,11 +196,11 @@ describe('openSafetensors', () => {
   });
 
   it('notices a source that gives less than it promised', async () => {
-    const { size, read } = fileOf(headerOf({ a: ok }), 8);
+    const whole = fileOf(headerOf({ a: ok }), 8);
     const short: ByteSource = {
       name: 'flaky',
-      size,
-      read: async (o, n) => (await read(o, n)).subarray(0, n - (n > 8 ? 1 : 0)),
+      size: whole.size,
+      read: async (o, n) => (await whole.read(o, n)).subarray(0, n - (n > 8 ? 1 : 0)),
     };
     await expect(openSafetensors(short)).rejects.toThrow(/flaky: \d+ bytes at 8 were asked for, \d+ came/);
   });
@@ -527,8 +527,7 @@ describe('hostile headers', () => {
       expect(8 + headerBytes + total).toBe(bytes.byteLength);
       return 'read';
     } catch (error) {
-      if (!(error instanceof SafetensorsError)) throw error;
-      expect(error.message).toMatch(/^m: /);
+      if (!(error instanceof SafetensorsError) || !error.message.startsWith('m: ')) throw error;
       return 'refused';
     } finally {
       expect(largest).toBeLessThanOrEqual(bytes.byteLength);
@@ -600,7 +599,7 @@ describe('hostile headers', () => {
           const bytes = new Uint8Array(8 + head.length + data);
           new DataView(bytes.buffer).setBigUint64(0, BigInt(head.length), true);
           bytes.set(head, 8);
-          await outcome(bytes);
+          expect(['read', 'refused']).toContain(await outcome(bytes));
         },
       ),
       { numRuns: 1000 },
@@ -639,7 +638,8 @@ describe.skipIf(shared === undefined)('real files (needs the shared data folder)
       expect(file.tensors.size).toBeGreaterThan(0);
       for (const [name, { dtype, byteLength }] of file.tensors) {
         expect((await file.read(name)).byteLength).toBe(byteLength);
-        if (/^(B?F16|F32)$/.test(dtype)) expect((await file.readFloats(name)).every(Number.isFinite)).toBe(true);
+        const floats = dtype.includes('F') ? await file.readFloats(name) : new Float32Array();
+        expect(floats.every(Number.isFinite)).toBe(true);
       }
     }
   });
@@ -647,6 +647,7 @@ describe.skipIf(shared === undefined)('real files (needs the shared data folder)
   it('writes the files of other implementations again, byte for byte', async () => {
     const foreign = files.filter((path) => !path.includes('golden'));
     expect(foreign.length).toBeGreaterThanOrEqual(6);
+    const differing: string[] = [];
     for (const path of foreign) {
       const bytes = readFileSync(path);
       const file = await openSafetensors(memorySource(bytes, path));
@@ -655,7 +656,8 @@ describe.skipIf(shared === undefined)('real files (needs the shared data folder)
       });
       const sink = memorySink();
       await writeSafetensors(sink, entries, Object.fromEntries(file.metadata));
-      expect(Buffer.compare(Buffer.from(sink.bytes()), bytes), path).toBe(0);
+      if (Buffer.compare(Buffer.from(sink.bytes()), bytes) !== 0) differing.push(path);
     }
+    expect(differing).toEqual([]);
   });
 });

@@ -193,7 +193,7 @@ async function readIndex(source: ByteSource): Promise<ReadonlyMap<string, string
  */
 export function isPlainFileName(name: string): boolean {
   if (name.length === 0 || name.length > 255 || name === '.' || name === '..') return false;
-  return [...name].every((c) => c >= ' ' && !'/\\:'.includes(c));
+  return Array.from(name).every((c) => c >= ' ' && !'/\\:'.includes(c));
 }
 
 async function openShards(
