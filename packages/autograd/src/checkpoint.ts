@@ -39,16 +39,20 @@ export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tenso
     const y = withRecorder(probe, () => scope(() => fn(...inputs)));
     const explicit = new Set(inputs.map((x) => x.id));
     const captured = [...probe.captured.values()].filter((x) => !explicit.has(x.id));
-    const all = [...inputs, ...captured];
+    // An input given twice counts once: the inner tape adds up what reaches it on both ways.
+    const all = uniqueById([...inputs, ...captured]);
+    const needs = all.map((x) => outer.tracks(x));
+    // Nothing to differentiate, or nothing was done.
+    if (!needs.includes(true) || all.some((x) => x.id === y.id)) return y;
     outer.record({
       name: 'checkpoint',
       inputs: all,
       outputs: [y],
       saved: inputs,
-      needs: all.map((x) => outer.tracks(x)),
+      needs,
       vjp: ([dy], saved) => {
         const again = saved.filter((x) => x !== undefined);
-        const wanted = [...again, ...captured].filter((x) => outer.tracks(x));
+        const wanted = uniqueById([...again, ...captured]).filter((x) => outer.tracks(x));
         const tape = new Tape(wanted);
         try {
           const value = withRecorder(tape, () => scope(() => fn(...again)));
@@ -62,4 +66,8 @@ export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tenso
     });
     return y;
   });
+}
+
+function uniqueById(tensors: readonly Tensor[]): Tensor[] {
+  return [...new Map(tensors.map((x) => [x.id, x])).values()];
 }

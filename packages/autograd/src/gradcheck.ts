@@ -31,7 +31,16 @@ export async function gradcheck(
   const directions = inputs.map(({ data }) => Array.from({ length: data.length }, random));
   const at = async (sign: number): Promise<number> => {
     const y = scope(() =>
-      keep(fn(...inputs.map(({ data, shape }, i) => device.fromArray(Array.from(data, (v, j) => v + sign * h * directions[i][j]), shape)))),
+      keep(
+        fn(
+          ...inputs.map(({ data, shape }, i) =>
+            device.fromArray(
+              Array.from(data, (v, j) => v + sign * h * directions[i][j]),
+              shape,
+            ),
+          ),
+        ),
+      ),
     );
     const value = await y.item();
     y.dispose();
@@ -50,5 +59,9 @@ export async function gradcheck(
     grad.dispose();
   }
   const numeric = ((await at(1)) - (await at(-1))) / (2 * h);
-  return { analytic, numeric, relativeError: Math.abs(analytic - numeric) / Math.max(Math.abs(analytic), Math.abs(numeric), 1e-8) };
+  return {
+    analytic,
+    numeric,
+    relativeError: Math.abs(analytic - numeric) / Math.max(Math.abs(analytic), Math.abs(numeric), 1e-8),
+  };
 }

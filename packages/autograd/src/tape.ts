@@ -1,5 +1,17 @@
 /** The tape: records ops, walks back, frees what it holds as it consumes it. It knows no op by name except `add`. */
-import { add, currentRecorder, LifetimeError, own, type Recorded, type Recorder, scope, ShapeError, type Tensor, withRecorder } from '@lorikeet/tensor';
+import {
+  add,
+  currentRecorder,
+  keep,
+  LifetimeError,
+  own,
+  type Recorded,
+  type Recorder,
+  scope,
+  ShapeError,
+  type Tensor,
+  withRecorder,
+} from '@lorikeet/tensor';
 
 interface Node {
   readonly name: string;
@@ -121,16 +133,19 @@ export function valueAndGrad(
   params: readonly Tensor[],
   options: GradOptions = {},
 ): ValueAndGrad {
-  if (currentRecorder() !== undefined) throw new LifetimeError('valueAndGrad: gradients of gradients are not supported');
+  if (currentRecorder() !== undefined)
+    throw new LifetimeError('valueAndGrad: gradients of gradients are not supported');
   const tape = new Tape(params);
   try {
     const [value, ...aux] = scope(() => {
       const result = withRecorder(tape, fn);
       return Array.isArray(result) ? [...result] : [result];
     }) as [Tensor, ...Tensor[]];
-    if (value.size !== 1) throw new ShapeError(`valueAndGrad: the value must be a scalar, got [${value.shape.join(', ')}]`);
+    if (value.size !== 1)
+      throw new ShapeError(`valueAndGrad: the value must be a scalar, got [${value.shape.join(', ')}]`);
     const device = value.device;
-    const seed = options.seed?.retain() ?? device.fromArray([1], value.shape, value.dtype === 'f16' ? 'f16' : 'f32').retain();
+    const seed =
+      options.seed?.retain() ?? keep(device.fromArray([1], value.shape, value.dtype === 'f16' ? 'f16' : 'f32'));
     let grads: (Tensor | undefined)[];
     try {
       grads = tape.backward(value, seed, params);

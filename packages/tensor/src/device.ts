@@ -96,7 +96,10 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
   try {
     device = await adapter.requestDevice({ requiredFeatures: features, requiredLimits });
   } catch (cause) {
-    throw new DeviceError(`the adapter "${adapter.info.description || adapter.info.vendor}" refused to open a device: ${String(cause)}`, { cause });
+    throw new DeviceError(
+      `the adapter "${adapter.info.description || adapter.info.vendor}" refused to open a device: ${String(cause)}`,
+      { cause },
+    );
   }
   return new Device(device, adapter.info, options);
 }
@@ -110,6 +113,7 @@ export class Device {
   readonly #poison: boolean;
   readonly #layouts = new Map<string, { group: GPUBindGroupLayout; pipeline: GPUPipelineLayout }>();
   readonly #pipelines = new Map<string, GPUComputePipeline>();
+  readonly #kernels = new Map<string, Kernel>();
   readonly #bindGroups = new Map<string, GPUBindGroup>();
   /** Last op that used a kernel, for error messages. */
   readonly #lastOp = new Map<string, string>();
@@ -184,7 +188,9 @@ export class Device {
   fromArray(data: ArrayLike<number>, shape: readonly number[], dtype: DType = 'f32'): Tensor {
     checkShape(shape, 'fromArray');
     if (data.length !== sizeOf(shape)) {
-      throw new ShapeError(`fromArray: ${data.length} values for shape [${shape.join(', ')}] of ${sizeOf(shape)} elements`);
+      throw new ShapeError(
+        `fromArray: ${data.length} values for shape [${shape.join(', ')}] of ${sizeOf(shape)} elements`,
+      );
     }
     return this.fromBytes(encode(data, shape, dtype), shape, dtype);
   }
@@ -222,7 +228,7 @@ export class Device {
     this.throwIfFailed();
     this.#endPass();
     this.#commands().clearBuffer(tensor.storage.buffer);
-    this.#pending++;
+    if (++this.#pending === dispatchesPerSubmit) this.flush();
   }
 
   /** Copies `source` over `target` (same shape and dtype). */
@@ -230,11 +236,13 @@ export class Device {
     this.throwIfFailed();
     const bytes = storedBytes(source.shape, source.dtype);
     if (storedBytes(target.shape, target.dtype) !== bytes || source.dtype !== target.dtype) {
-      throw new ShapeError(`copy: [${source.shape.join(', ')}] ${source.dtype} does not fit [${target.shape.join(', ')}] ${target.dtype}`);
+      throw new ShapeError(
+        `copy: [${source.shape.join(', ')}] ${source.dtype} does not fit [${target.shape.join(', ')}] ${target.dtype}`,
+      );
     }
     this.#endPass();
     this.#commands().copyBufferToBuffer(source.storage.buffer, 0, target.storage.buffer, 0, Math.ceil(bytes / 4) * 4);
-    this.#pending++;
+    if (++this.#pending === dispatchesPerSubmit) this.flush();
   }
 
   /** A tensor whose contents are undefined; whoever asks writes all of it, pad lanes included. */
@@ -297,7 +305,8 @@ export class Device {
     if (this.#encoder === undefined) return;
     this.#endPass();
     const encoder = this.#encoder;
-    if (this.#pending > 0) this.#device.queue.writeBuffer(this.#uniforms, 0, this.#uniformBytes, 0, this.#pending * uniformSlot);
+    if (this.#pending > 0)
+      this.#device.queue.writeBuffer(this.#uniforms, 0, this.#uniformBytes, 0, this.#pending * uniformSlot);
     this.#device.queue.submit([encoder.finish()]);
     this.#encoder = undefined;
     this.#pending = 0;
@@ -383,21 +392,43 @@ export class Device {
         visibility: computeStage,
         buffer: { type: b.access === 'read' ? 'read-only-storage' : 'storage' },
       }));
-      entries.push({ binding: entries.length, visibility: computeStage, buffer: { type: 'uniform', hasDynamicOffset: true } });
+      entries.push({
+        binding: entries.length,
+        visibility: computeStage,
+        buffer: { type: 'uniform', hasDynamicOffset: true },
+      });
       const group = this.#device.createBindGroupLayout({ label: kernel.signature, entries });
-      layout = { group, pipeline: this.#device.createPipelineLayout({ label: kernel.signature, bindGroupLayouts: [group] }) };
+      layout = {
+        group,
+        pipeline: this.#device.createPipelineLayout({ label: kernel.signature, bindGroupLayouts: [group] }),
+      };
       this.#layouts.set(kernel.signature, layout);
     }
     return layout;
   }
 
-  #pipeline(kernel: Kernel, tensors: readonly Tensor[], constants: Readonly<Record<string, number>>): GPUComputePipeline {
+  #pipeline(
+    kernel: Kernel,
+    tensors: readonly Tensor[],
+    constants: Readonly<Record<string, number>>,
+  ): GPUComputePipeline {
+    const known = this.#kernels.get(kernel.name);
+    if (known === undefined) this.#kernels.set(kernel.name, kernel);
+    else if (known !== kernel) {
+      throw new DeviceError(
+        `two kernels are named ${kernel.name}; pipelines are kept by that name, so give one another`,
+      );
+    }
     let key = kernel.name;
     for (const t of tensors) key += ` ${t.dtype}`;
     for (const name in constants) key += ` ${name}=${constants[name]}`;
     let pipeline = this.#pipelines.get(key);
     if (pipeline === undefined) {
-      const code = kernelSource(kernel, tensors.map((t) => t.dtype), constants);
+      const code = kernelSource(
+        kernel,
+        tensors.map((t) => t.dtype),
+        constants,
+      );
       const module = this.#device.createShaderModule({ label: kernel.name, code });
       // A compile error surfaces like every other device error, but with the source that it speaks of.
       void module.getCompilationInfo().then(({ messages }) => {
@@ -420,7 +451,10 @@ export class Device {
     for (const t of tensors) key += `,${t.storage.bufferId}`;
     let group = this.#bindGroups.get(key);
     if (group === undefined) {
-      const entries: GPUBindGroupEntry[] = tensors.map((t, binding) => ({ binding, resource: { buffer: t.storage.buffer } }));
+      const entries: GPUBindGroupEntry[] = tensors.map((t, binding) => ({
+        binding,
+        resource: { buffer: t.storage.buffer },
+      }));
       entries.push({ binding: entries.length, resource: { buffer: this.#uniforms, offset: 0, size: uniformSlot } });
       group = this.#device.createBindGroup({ label: kernel.name, layout: this.#layout(kernel).group, entries });
       this.#bindGroups.set(key, group);
@@ -446,7 +480,12 @@ export class Device {
     const text = errors.map((m) => `line ${m.lineNum}: ${m.message}`).join('\n');
     const failure = new DeviceError(`kernel ${key} does not compile:\n${text}\n${numbered.join('\n')}`);
     // The more telling message wins over the generic one that creating the pipeline raised.
-    if (this.#failure === undefined || this.#failure.message.includes('pipeline') || this.#failure.message.includes('Pipeline')) this.#failure = failure;
+    if (
+      this.#failure === undefined ||
+      this.#failure.message.includes('pipeline') ||
+      this.#failure.message.includes('Pipeline')
+    )
+      this.#failure = failure;
   }
 
   #fail(message: string, kind: string): void {
@@ -455,7 +494,12 @@ export class Device {
     const where =
       named !== undefined
         ? `kernel ${named} of op ${this.#lastOp.get(named)}`
-        : `one of the last kernels (${[...this.#lastOp].slice(-5).map(([k, o]) => `${k} of op ${o}`).join(', ') || 'none was dispatched'})`;
+        : `one of the last kernels (${
+            [...this.#lastOp]
+              .slice(-5)
+              .map(([k, o]) => `${k} of op ${o}`)
+              .join(', ') || 'none was dispatched'
+          })`;
     const Kind = kind === 'GPUOutOfMemoryError' ? OutOfMemoryError : DeviceError;
     this.#failure = new Kind(`${kind} in ${where}: ${message}`);
   }
