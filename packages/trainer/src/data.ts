@@ -73,6 +73,7 @@ export interface FieldSpec {
   readonly filled?: boolean | undefined;
 }
 
+/** What {@link validateRows} checks beyond the fields. */
 export interface RowCheckOptions {
   /** The only values that `labelField` may have (white space around them aside). */
   readonly labels?: readonly string[] | undefined;
@@ -173,6 +174,7 @@ export function trainTestSplit<T>(rows: readonly T[], fraction: number, seed: nu
   return { train: pick(trainIndices), test: pick(testIndices), trainIndices, testIndices };
 }
 
+/** What {@link epochOrder} depends on. */
 export interface OrderOptions {
   readonly seed: number;
   /** Epoch, counted from 0. */
@@ -227,6 +229,7 @@ export interface MiniBatch<T> {
   readonly items: T[];
 }
 
+/** What {@link batches} depends on. */
 export interface BatchOptions extends OrderOptions {
   readonly batchSize: number;
   /** Leave out a last batch that is not full. Default false. */
@@ -261,6 +264,7 @@ export interface SamplerState {
   readonly position: number;
 }
 
+/** What a {@link BatchSampler} depends on. */
 export interface SamplerOptions {
   readonly batchSize: number;
   readonly seed: number;
@@ -388,11 +392,11 @@ export interface TokenizedExample {
 
 /** A padded batch on the CPU. */
 export interface Batch {
-  /** [B * T], row by row. */
+  /** `[B * T]`, row by row. */
   readonly ids: Int32Array;
-  /** [B * T], in the places of `ids` (the loss shifts them); -100 where nothing is trained. */
+  /** `[B * T]`, in the places of `ids` (the loss shifts them); -100 where nothing is trained. */
   readonly labels: Int32Array;
-  /** [B * 2]: first and one past the last real token of each row. Padding is known by these and never by a token id. */
+  /** `[B * 2]`: first and one past the last real token of each row. Padding is known by these and never by a token id. */
   readonly spans: Int32Array;
   readonly B: number;
   readonly T: number;
@@ -402,6 +406,7 @@ export interface Batch {
   readonly rows: number[];
 }
 
+/** How {@link collate} pads. */
 export interface CollateOptions {
   /** Id that fills up short rows. Any id of the vocabulary does: padding is masked by length. Default 0. */
   readonly padTokenId?: number | undefined;

@@ -15,6 +15,7 @@ export interface ClassScores {
   readonly predicted: number;
 }
 
+/** Scores of a classifier over all rows. */
 export interface ClassificationMetrics {
   readonly count: number;
   readonly correct: number;

@@ -6,6 +6,7 @@ export type SchedulerType = 'constant' | 'constant_with_warmup' | 'linear' | 'co
 /** All values of {@link SchedulerType}, for config checks. */
 export const schedulerTypes: readonly SchedulerType[] = ['constant', 'constant_with_warmup', 'linear', 'cosine'];
 
+/** A learning-rate schedule. */
 export interface ScheduleOptions {
   readonly type: SchedulerType;
   /** The largest learning rate. */

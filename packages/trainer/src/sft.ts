@@ -32,11 +32,13 @@ export interface TextTokenizer {
     text: string,
     options?: { addSpecialTokens?: boolean },
   ): { ids: number[]; offsets: [number, number][] };
+  /** The text of ids. */
   decode(ids: readonly number[], options?: { skipSpecialTokens?: boolean }): string;
   readonly bosTokenId?: number | undefined;
   readonly eosTokenId?: number | undefined;
   readonly padTokenId?: number | undefined;
   readonly eosToken?: string | undefined;
+  /** The id of a token as the vocabulary spells it. */
   tokenToId(token: string): number | undefined;
 }
 
@@ -46,6 +48,7 @@ export type Overlong = 'error' | 'drop' | 'truncate_prompt';
 /** All values of {@link Overlong}, for config checks. */
 export const overlongModes: readonly Overlong[] = ['error', 'drop', 'truncate_prompt'];
 
+/** How rows become tokens. */
 export interface TokenizeOptions {
   readonly tokenizer: TextTokenizer;
   readonly template: PromptTemplate;
@@ -360,11 +363,13 @@ export interface TokenizeReport {
   readonly warnings: readonly string[];
 }
 
+/** The rows as tokens, and what came of them. */
 export interface TokenizedDataset {
   readonly examples: TokenizedExample[];
   readonly report: TokenizeReport;
 }
 
+/** {@link TokenizeOptions} for a whole data set. */
 export interface TokenizeAllOptions extends TokenizeOptions {
   /** Called now and then with the number of rows done and all rows. */
   readonly onProgress?: ((done: number, total: number) => void) | undefined;
@@ -499,6 +504,7 @@ export interface Segment {
   readonly terminator: boolean;
 }
 
+/** What would be trained of a row. */
 export interface RowPreview {
   readonly segments: readonly Segment[];
   /** Tokens of each kind. */

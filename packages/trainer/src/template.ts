@@ -82,6 +82,7 @@ function parse(name: string, template: string): Piece[] {
   return pieces;
 }
 
+/** What a template string does not say itself. */
 export interface StringTemplateOptions {
   readonly name?: string | undefined;
   /** Texts in the template that must be single tokens. */
@@ -219,6 +220,7 @@ export const builtinTemplates: Readonly<Record<string, PromptTemplate>> = {
   response_tokens: responseTokensTemplate,
 };
 
+/** What a config and its data say about the template. */
 export interface TemplateChoice {
   /** Name of a built-in template, or a template string (it holds a brace). */
   readonly promptTemplate?: string | undefined;
