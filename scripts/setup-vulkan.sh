@@ -93,27 +93,34 @@ by_hand() {
 [ "$ID" = debian ] || by_hand
 case $VERSION_ID in 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11) by_hand ;; esac
 
+log_run() { "$@" >"$log" 2>&1 || { cat "$log" >&2; return 1; }; }
+
+# The addresses that apt has for a suite (whatever form its sources are written in), as far as it was updated.
+repositories() {
+  apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' "$@" 2>/dev/null || true
+}
+
+# bookworm's own Mesa is 22.3, too old for Dawn; its backports have 25. Sets $source_text if they have to be added.
 suite=
 source_file=/etc/apt/sources.list.d/lorikeet-bookworm-backports.sources
 source_text=
-if [ "$VERSION_CODENAME" = bookworm ]; then
-  suite=bookworm-backports # bookworm's own Mesa is 22.3, too old for Dawn
-  # apt itself tells what the machine's sources are, whatever form they are written in.
-  targets=$(apt-get indextargets --format '$(RELEASE) $(CODENAME) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' 2>/dev/null || true)
-  if ! printf '%s\n' "$targets" | grep -q bookworm-backports; then
-    mirror=$(printf '%s\n' "$targets" | awk '($1 == "bookworm" || $2 == "bookworm") && $3 == "main" { print $4; exit }')
-    [ -n "$mirror" ] || die "apt has no source for Debian bookworm's main component (see /etc/apt/sources.list), so no mirror to take Mesa from."
-    source_text="Types: deb
-URIs: $mirror
-Suites: bookworm-backports
+plan() {
+  if [ "$VERSION_CODENAME" = bookworm ]; then
+    suite=bookworm-backports
+    if [ -z "$(repositories "Codename: $suite")" ]; then
+      mirror=$(repositories 'Codename: bookworm' 'Origin: Debian' | head -n 1)
+      source_text="Types: deb
+URIs: ${mirror:-http://deb.debian.org/debian}
+Suites: $suite
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg"
+    fi
   fi
-fi
-
-install="apt-get install -y --no-install-recommends ${suite:+-t $suite }mesa-vulkan-drivers libvulkan1"
+  install="apt-get install -y --no-install-recommends ${suite:+-t $suite }mesa-vulkan-drivers libvulkan1"
+}
 
 print_plan() {
+  plan
   [ -z "$source_text" ] || printf "cat > %s <<'END'\n%s\nEND\n" "$source_file" "$source_text" >&2
   say "apt-get update"
   say "$install"
@@ -137,11 +144,15 @@ if [ "$(id -u)" != 0 ]; then
 fi
 
 say "No WebGPU adapter and no GPU found: installing Mesa's software Vulkan driver (about 55 MB)."
-[ -z "$source_text" ] || printf '%s\n' "$source_text" | $root tee "$source_file" >/dev/null
-apt_options="-q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3"
-$root apt-get $apt_options update >"$log" 2>&1 || { cat "$log" >&2; say "apt-get update failed (see above); trying to install all the same."; }
-$root env DEBIAN_FRONTEND=noninteractive $install $apt_options >"$log" 2>&1 || {
-  cat "$log" >&2
+apt_options="-q -o APT::Update::Error-Mode=any -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3"
+update() { log_run $root apt-get $apt_options update || say "apt-get update failed (see above); trying to install all the same."; }
+update
+plan
+if [ -n "$source_text" ]; then
+  printf '%s\n' "$source_text" | $root tee "$source_file" >/dev/null
+  update
+fi
+log_run $root env DEBIAN_FRONTEND=noninteractive $install $apt_options || {
   [ -z "$source_text" ] || $root rm -f "$source_file"
   die "Mesa's software Vulkan driver could not be installed (see above). The command was: $install"
 }
