@@ -29,45 +29,36 @@ class CaptureProbe implements Recorder {
  * Runs `fn(...inputs)` so that nothing inside is saved for the gradient: backward computes it again. Gradients also flow
  * to parameters that `fn` captures, which must live until then (parameters do; pass activations as inputs). `fn` must
  * give the same values the second time: dropout does, its mask depends on seed and step alone.
- * @returns fn's result; its gradients are bit-identical to those without checkpointing
+ * @returns fn's results; their gradients are bit-identical to those without checkpointing
  */
-export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor {
+export function checkpoint(fn: (...inputs: Tensor[]) => readonly Tensor[], ...inputs: Tensor[]): readonly Tensor[] {
   const outer = currentRecorder();
   if (outer === undefined) return fn(...inputs);
   const probe = new CaptureProbe(outer);
   return scope(() => {
-    const y = withRecorder(probe, () => scope(() => fn(...inputs)));
+    const ys = withRecorder(probe, () => scope(() => [...fn(...inputs)]));
     const explicit = new Set(inputs.map((x) => x.id));
     const captured = [...probe.captured.values()].filter((x) => !explicit.has(x.id));
-    // An input given twice counts once: the inner tape adds up what reaches it on both ways.
-    const all = uniqueById([...inputs, ...captured]);
-    const needs = all.map((x) => outer.tracks(x));
-    // Nothing to differentiate, or nothing was done.
-    if (!needs.includes(true) || all.some((x) => x.id === y.id)) return y;
+    const all = [...inputs, ...captured];
     outer.record({
       name: 'checkpoint',
       inputs: all,
-      outputs: [y],
+      outputs: ys,
       saved: inputs,
-      needs,
-      vjp: ([dy], saved) => {
+      needs: all.map((x) => outer.tracks(x)),
+      vjp: (dys, saved) => {
         const again = saved.filter((x) => x !== undefined);
-        const wanted = uniqueById([...again, ...captured]).filter((x) => outer.tracks(x));
+        const wanted = [...again, ...captured].filter((x) => outer.tracks(x));
         const tape = new Tape(wanted);
         try {
-          const value = withRecorder(tape, () => scope(() => fn(...again)));
-          if (dy === undefined) return [];
-          const grads = new Map(tape.backward(value, dy, wanted).map((g, i) => [wanted[i].id, g && own(g)]));
+          const values = withRecorder(tape, () => scope(() => [...fn(...again)]));
+          const grads = new Map(tape.backward(values, dys, wanted).map((g, i) => [wanted[i].id, g && own(g)]));
           return all.map((x) => grads.get(x.id));
         } finally {
           tape.dispose();
         }
       },
     });
-    return y;
+    return ys;
   });
-}
-
-function uniqueById(tensors: readonly Tensor[]): Tensor[] {
-  return [...new Map(tensors.map((x) => [x.id, x])).values()];
 }

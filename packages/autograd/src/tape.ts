@@ -50,11 +50,15 @@ export class Tape implements Recorder {
   }
 
   /**
-   * Walks back from `y` with cotangent `dy` and gives the gradients of `inputs`, undefined where y does not depend on
-   * one. Consumes the tape. The gradients belong to no scope: the caller frees them.
+   * Walks back from `ys` with cotangents `dys` and gives the gradients of `inputs`, undefined where no y depends on one.
+   * Consumes the tape. The gradients belong to no scope: the caller frees them.
    */
-  backward(y: Tensor, dy: Tensor, inputs: readonly Tensor[]): (Tensor | undefined)[] {
-    const cotangents = new Map<number, Tensor>([[y.id, dy.retain()]]);
+  backward(ys: readonly Tensor[], dys: readonly (Tensor | undefined)[], inputs: readonly Tensor[]): (Tensor | undefined)[] {
+    const cotangents = new Map<number, Tensor>();
+    for (const [i, y] of ys.entries()) {
+      const dy = dys[i];
+      if (dy !== undefined) cotangents.set(y.id, dy.retain());
+    }
     const wanted = new Set(inputs.map((x) => x.id));
     try {
       for (let node = this.#nodes.pop(); node !== undefined; node = this.#nodes.pop()) {
@@ -148,7 +152,7 @@ export function valueAndGrad(
       options.seed?.retain() ?? keep(device.fromArray([1], value.shape, value.dtype === 'f16' ? 'f16' : 'f32'));
     let grads: (Tensor | undefined)[];
     try {
-      grads = tape.backward(value, seed, params);
+      grads = tape.backward([value], [seed], params);
     } finally {
       seed.dispose();
     }

@@ -1,1 +1,10 @@
-export {};
+/**
+ * Modules as plain fields, the layers of Mistral, and where their weights come from.
+ * @packageDocumentation
+ */
+export * from './layers.js';
+export * from './model.js';
+export * from './module.js';
+export * from './random.js';
+export * from './training.js';
+export * from './weights.js';

@@ -4,3 +4,6 @@ export * from './random.js';
 export * from './schedule.js';
 export * from './sft.js';
 export * from './template.js';
+export * from './loss.js';
+export * from './optimizer.js';
+export * from './train.js';

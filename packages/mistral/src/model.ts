@@ -1,0 +1,224 @@
+/**
+ * Mistral (Jiang et al., 2023): pre-norm decoder blocks with rotary positions, grouped-query attention, an optional
+ * sliding window, and SwiGLU. Field names are the checkpoint's names. B rows, T tokens, D hidden, H query heads, G
+ * key-value heads, F intermediate, V vocabulary.
+ */
+import { checkpoint } from '@lorikeet/autograd';
+import {
+  type CausalLM,
+  Embedding,
+  type Init,
+  type Layer,
+  Linear,
+  type ModelInput,
+  Module,
+  RMSNorm,
+  type Weights,
+} from '@lorikeet/nn';
+import { add, attention, cast, linear, reshape, rope, scope, swiglu, type Tensor } from '@lorikeet/tensor';
+import type { KvCache, LayerCache } from './cache.js';
+import type { MistralConfig } from './config.js';
+
+/** What every block of one forward pass shares. */
+export interface BlockContext {
+  /** i32 [B, 2]: half-open range of real tokens. */
+  readonly spans: Tensor;
+  /** Keys and values of earlier tokens, in generation. */
+  readonly cache?: LayerCache | undefined;
+}
+
+/** Rotary, causal, grouped-query self-attention. */
+export class Attention extends Module {
+  /** [H * head_dim, D] */
+  q_proj: Layer;
+  /** [G * head_dim, D] */
+  k_proj: Layer;
+  /** [G * head_dim, D] */
+  v_proj: Layer;
+  /** [D, H * head_dim] */
+  o_proj: Layer;
+  readonly #config: MistralConfig;
+
+  constructor(config: MistralConfig, projections: { q: Layer; k: Layer; v: Layer; o: Layer }) {
+    super();
+    this.#config = config;
+    this.q_proj = projections.q;
+    this.k_proj = projections.k;
+    this.v_proj = projections.v;
+    this.o_proj = projections.o;
+  }
+
+  /** x: [B, T, D] -> [B, T, D] */
+  forward(x: Tensor, { spans, cache }: BlockContext): Tensor {
+    const { num_attention_heads: H, num_key_value_heads: G, head_dim, rope_theta, sliding_window } = this.#config;
+    const [B, T] = x.shape;
+    const past = cache?.length ?? 0;
+    const heads = (layer: Layer, n: number): Tensor => reshape(layer.forward(x), [B, T, n, head_dim]);
+    const rotary = { theta: rope_theta, positionOffset: past };
+    const q = rope(heads(this.q_proj, H), spans, rotary);
+    let k = rope(heads(this.k_proj, G), spans, rotary);
+    let v = heads(this.v_proj, G);
+    if (cache !== undefined) [k, v] = cache.append(k, v);
+    const y = attention(q, k, v, spans, {
+      queryOffset: past,
+      keyLength: past + T,
+      ...(sliding_window === null ? {} : { window: sliding_window }),
+    });
+    return this.o_proj.forward(reshape(y, [B, T, H * head_dim]));
+  }
+}
+
+/** down(silu(gate x) * up x) */
+export class Mlp extends Module {
+  /** [F, D] */
+  gate_proj: Layer;
+  /** [F, D] */
+  up_proj: Layer;
+  /** [D, F] */
+  down_proj: Layer;
+
+  constructor(gate: Layer, up: Layer, down: Layer) {
+    super();
+    this.gate_proj = gate;
+    this.up_proj = up;
+    this.down_proj = down;
+  }
+
+  /** x: [B, T, D] -> [B, T, D] */
+  forward(x: Tensor): Tensor {
+    return this.down_proj.forward(swiglu(this.gate_proj.forward(x), this.up_proj.forward(x)));
+  }
+}
+
+/** x + attention(norm(x)), then x + mlp(norm(x)). */
+export class Block extends Module {
+  self_attn: Attention;
+  mlp: Mlp;
+  input_layernorm: RMSNorm;
+  post_attention_layernorm: RMSNorm;
+
+  constructor(self_attn: Attention, mlp: Mlp, input_layernorm: RMSNorm, post_attention_layernorm: RMSNorm) {
+    super();
+    this.self_attn = self_attn;
+    this.mlp = mlp;
+    this.input_layernorm = input_layernorm;
+    this.post_attention_layernorm = post_attention_layernorm;
+  }
+
+  /** x: [B, T, D] -> [B, T, D] */
+  forward(x: Tensor, context: BlockContext): Tensor {
+    return scope(() => {
+      const h = scope(() => add(x, this.self_attn.forward(this.input_layernorm.forward(x), context)));
+      return add(
+        h,
+        scope(() => this.mlp.forward(this.post_attention_layernorm.forward(h))),
+      );
+    });
+  }
+}
+
+/** The decoder without its head. */
+export class MistralModel extends Module {
+  embed_tokens: Embedding;
+  layers: Block[];
+  norm: RMSNorm;
+
+  constructor(embed_tokens: Embedding, layers: Block[], norm: RMSNorm) {
+    super();
+    this.embed_tokens = embed_tokens;
+    this.layers = layers;
+    this.norm = norm;
+  }
+}
+
+/** Options of `Mistral.hidden`. */
+export interface HiddenOptions {
+  /** Blocks save their inputs alone and run again in backward. */
+  readonly checkpointing?: boolean;
+  /** Keys and values of earlier tokens; the new ones are appended. */
+  readonly cache?: KvCache;
+}
+
+/** Mistral for causal language modelling. */
+export class Mistral extends Module implements CausalLM {
+  model: MistralModel;
+  /** [V, D]; absent when the head is tied to the embedding. */
+  lm_head?: Linear;
+  readonly config: MistralConfig;
+  readonly dtype: 'f32' | 'f16';
+
+  constructor(config: MistralConfig, model: MistralModel, lm_head: Linear | undefined, dtype: 'f32' | 'f16') {
+    super();
+    this.config = config;
+    this.model = model;
+    this.dtype = dtype;
+    if (lm_head !== undefined) this.lm_head = lm_head;
+  }
+
+  /**
+   * Builds the model from a checkpoint or an initialiser.
+   * @param dtype storage of activations; that of the weights is the source's business
+   */
+  static async create(
+    config: MistralConfig,
+    weights: Weights,
+    options: { readonly dtype?: 'f32' | 'f16' } = {},
+  ): Promise<Mistral> {
+    const {
+      hidden_size: D,
+      intermediate_size: F,
+      head_dim,
+      num_attention_heads,
+      num_key_value_heads,
+      vocab_size: V,
+    } = config;
+    const normal: Init = { kind: 'normal', std: config.initializer_range };
+    const linearAt = async (path: string, out: number, from: number): Promise<Linear> =>
+      new Linear(await weights.get(`${path}.weight`, [out, from], normal));
+    const normAt = async (path: string): Promise<RMSNorm> =>
+      new RMSNorm(await weights.get(`${path}.weight`, [D], { kind: 'ones' }), config.rms_norm_eps);
+
+    const embed = new Embedding(await weights.get('model.embed_tokens.weight', [V, D], normal));
+    const layers: Block[] = [];
+    for (let i = 0; i < config.num_hidden_layers; i++) {
+      const at = `model.layers.${i}`;
+      const q = await linearAt(`${at}.self_attn.q_proj`, num_attention_heads * head_dim, D);
+      const k = await linearAt(`${at}.self_attn.k_proj`, num_key_value_heads * head_dim, D);
+      const v = await linearAt(`${at}.self_attn.v_proj`, num_key_value_heads * head_dim, D);
+      const o = await linearAt(`${at}.self_attn.o_proj`, D, num_attention_heads * head_dim);
+      const gate = await linearAt(`${at}.mlp.gate_proj`, F, D);
+      const up = await linearAt(`${at}.mlp.up_proj`, F, D);
+      const down = await linearAt(`${at}.mlp.down_proj`, D, F);
+      const first = await normAt(`${at}.input_layernorm`);
+      const second = await normAt(`${at}.post_attention_layernorm`);
+      layers.push(new Block(new Attention(config, { q, k, v, o }), new Mlp(gate, up, down), first, second));
+    }
+    const norm = await normAt('model.norm');
+    const head = config.tie_word_embeddings ? undefined : await linearAt('lm_head', V, D);
+    return new Mistral(config, new MistralModel(embed, layers, norm), head, options.dtype ?? 'f32');
+  }
+
+  get vocabSize(): number {
+    return this.config.vocab_size;
+  }
+
+  /** [B, T] -> final normalised hidden states [B, T, D] */
+  hidden({ ids, spans }: ModelInput, { checkpointing = false, cache }: HiddenOptions = {}): Tensor {
+    let x = this.model.embed_tokens.forward(ids, this.dtype);
+    for (const [i, block] of this.model.layers.entries()) {
+      const context = { spans, cache: cache?.layers[i] };
+      const next = checkpointing ? checkpoint((h) => [block.forward(h, context)], x)[0] : block.forward(x, context);
+      // Only the tape, if any, still needs the block's input.
+      x.dispose();
+      x = next;
+    }
+    cache?.advance(ids.shape[1]);
+    return this.model.norm.forward(x);
+  }
+
+  /** h: [N, D] -> logits f32 [N, V] */
+  logits(h: Tensor): Tensor {
+    if (this.lm_head !== undefined) return cast(this.lm_head.forward(h), 'f32');
+    return linear(h, this.model.embed_tokens.weight, { dtype: 'f32' });
+  }
+}

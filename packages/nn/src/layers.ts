@@ -1,0 +1,53 @@
+/** The layers that Mistral is made of. */
+import { embedding, linear, rmsNorm, type Tensor } from '@lorikeet/tensor';
+import { Layer, Module } from './module.js';
+
+/** y = x W^T, no bias. */
+export class Linear extends Layer {
+  /** [out, in] */
+  weight: Tensor;
+
+  constructor(weight: Tensor) {
+    super();
+    this.weight = weight;
+  }
+
+  /** x: [..., in] -> [..., out] */
+  override forward(x: Tensor): Tensor {
+    return linear(x, this.weight);
+  }
+}
+
+/** Rows of a table by id. */
+export class Embedding extends Module {
+  /** [V, D] */
+  weight: Tensor;
+
+  constructor(weight: Tensor) {
+    super();
+    this.weight = weight;
+  }
+
+  /** ids: i32 [...] -> [..., D] in `dtype` */
+  forward(ids: Tensor, dtype: 'f32' | 'f16'): Tensor {
+    return embedding(ids, this.weight, { dtype });
+  }
+}
+
+/** Root mean square normalisation (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight. */
+export class RMSNorm extends Layer {
+  /** [D] */
+  weight: Tensor;
+  readonly eps: number;
+
+  constructor(weight: Tensor, eps: number) {
+    super();
+    this.weight = weight;
+    this.eps = eps;
+  }
+
+  /** x: [..., D] -> [..., D] */
+  override forward(x: Tensor): Tensor {
+    return rmsNorm(x, this.weight, { eps: this.eps });
+  }
+}
