@@ -27,7 +27,7 @@ find_adapter() {
     0 | 3) return $status ;;
     *)
       cat "$log" >&2
-      say 'The npm package "webgpu" did not load (see above). If it is not found, install the dependencies first: npx pnpm install.'
+      say 'The npm package "webgpu" did not load (see above). If it is not found, install the dependencies first: npx pnpm@10 install.'
       die "Otherwise the system may be too old for it: it needs glibc 2.34 or newer (Debian 12, Ubuntu 22.04)."
       ;;
   esac
