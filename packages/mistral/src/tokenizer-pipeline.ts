@@ -55,7 +55,11 @@ function compilePattern(value: unknown, place: string): RegExp {
 function normalizeForm(source: AlignedText, form: 'NFC' | 'NFD' | 'NFKC' | 'NFKD'): AlignedText {
   const whole = source.text.normalize(form);
   if (whole === source.text) return source;
-  const result = replaceGroups(source, /[\u1100-\u11ff]+|\P{M}\p{M}*|\p{M}+/gu, (group) => group.normalize(form));
+  const result = replaceGroups(
+    source,
+    /[\u1100-\u115f\uac00-\ud7a3][\u1160-\u11ff]+\p{M}*|\P{M}\p{M}*|\p{M}+/gu,
+    (group) => group.normalize(form),
+  );
   if (result.text !== whole) {
     throw new Error(
       `tokenizer.json: the ${form} form of this text could not be aligned with the text, so the places of its tokens ` +
