@@ -4,10 +4,11 @@
  * something this version cannot do is refused when it asks for it: no key is ever ignored silently.
  */
 import { readFile } from 'node:fs/promises';
+import { nearestNames } from '@lorikeet/tensor';
 import { type Document, isNode, LineCounter, parseDocument, stringify } from 'yaml';
 import { z } from 'zod';
 import { fileError, UsageError } from './errors.js';
-import { nearest, quoted } from './text.js';
+import { quoted } from './text.js';
 
 /** Element type of the base weights and activations; `auto` follows the checkpoint (16 bit or not). */
 export type ConfigDType = 'auto' | 'float32' | 'float16';
@@ -127,11 +128,17 @@ const loraShape = {
   r: count().default(8).describe('a whole number, 1 or more'),
   lora_alpha: z.number().positive().default(8).describe('a number above 0'),
   lora_dropout: z.number().min(0).lt(1).default(0).describe('a number from 0 to below 1'),
-  target_modules: names().nullable().default(null).describe('a list of module names, a regular expression, or all-linear'),
+  target_modules: names()
+    .nullable()
+    .default(null)
+    .describe('a list of module names, a regular expression, or all-linear'),
   exclude_modules: names().nullable().default(null).describe('a list of module names, or a regular expression'),
   bias: z.enum(['none', 'all', 'lora_only']).default('none').describe('none, all or lora_only'),
   use_rslora: z.boolean().default(false).describe('true or false'),
-  init_lora_weights: z.union([z.boolean(), z.literal('gaussian')]).default(true).describe('true, false or gaussian'),
+  init_lora_weights: z
+    .union([z.boolean(), z.literal('gaussian')])
+    .default(true)
+    .describe('true, false or gaussian'),
   rank_pattern: z.record(z.string(), count()).default({}).describe('a map from module names to ranks'),
   alpha_pattern: z.record(z.string(), z.number().positive()).default({}).describe('a map from module names to alphas'),
   layers_to_transform: z
@@ -164,7 +171,10 @@ const topShape = {
   completion_only_loss: z.boolean().nullable().default(null).describe('true or false'),
   max_length: z.int().min(2).default(1024).describe('a whole number, 2 or more'),
   overlong: z.enum(['error', 'drop', 'truncate_prompt']).default('error').describe('error, drop or truncate_prompt'),
-  special_tokens: z.strictObject(tokensShape).prefault({}).describe('a map with the keys bos_token, eos_token, pad_token, additional_special_tokens'),
+  special_tokens: z
+    .strictObject(tokensShape)
+    .prefault({})
+    .describe('a map with the keys bos_token, eos_token, pad_token, additional_special_tokens'),
 
   lora: z.strictObject(loraShape).prefault({}).describe('a map with the keys of adapter_config.json'),
 
@@ -172,7 +182,10 @@ const topShape = {
   per_device_eval_batch_size: count().default(8).describe('a whole number, 1 or more'),
   gradient_accumulation_steps: count().default(1).describe('a whole number, 1 or more'),
   num_train_epochs: z.number().positive().default(3).describe('a number above 0'),
-  max_steps: z.union([z.literal(-1), count()]).default(-1).describe('a whole number, 1 or more, or -1 for "by epochs"'),
+  max_steps: z
+    .union([z.literal(-1), count()])
+    .default(-1)
+    .describe('a whole number, 1 or more, or -1 for "by epochs"'),
   learning_rate: z.number().positive().default(5e-5).describe('a number above 0'),
   lr_scheduler_type: z
     .enum(['linear', 'cosine', 'constant', 'constant_with_warmup'])
@@ -292,7 +305,10 @@ const later: Readonly<Record<string, LaterKey>> = {
   bnb_4bit_quant_type: { what: 'a 4-bit base model' },
   bnb_4bit_use_double_quant: { what: 'a 4-bit base model' },
   bnb_4bit_compute_dtype: { what: 'a 4-bit base model' },
-  bf16: { what: 'bfloat16', instead: 'WebGPU has no bfloat16; `dtype: float16` with loss scaling takes the same room.' },
+  bf16: {
+    what: 'bfloat16',
+    instead: 'WebGPU has no bfloat16; `dtype: float16` with loss scaling takes the same room.',
+  },
   early_stopping_patience: { what: 'early stopping' },
   load_best_model_at_end: { what: 'going back to the best checkpoint' },
   metric_for_best_model: { what: 'going back to the best checkpoint' },
@@ -340,7 +356,10 @@ const laterValues: Readonly<Record<string, readonly string[]>> = {
   'lora.init_lora_weights': ['pissa', 'olora', 'eva', 'loftq', 'corda', 'orthogonal', 'lora_ga', 'mica'],
 };
 
-const sections: Readonly<Record<string, Readonly<Record<string, z.ZodType>>>> = { lora: loraShape, special_tokens: tokensShape };
+const sections: Readonly<Record<string, Readonly<Record<string, z.ZodType>>>> = {
+  lora: loraShape,
+  special_tokens: tokensShape,
+};
 
 /** The description of a key, by its dotted name. */
 function keyType(name: string): z.ZodType | undefined {
@@ -352,9 +371,9 @@ function keyType(name: string): z.ZodType | undefined {
 
 function knownNames(): string[] {
   const known = Object.keys(topShape);
-  for (const [section, shape] of Object.entries(sections)) for (const key of Object.keys(shape)) known.push(`${section}.${key}`);
-  for (const table of [aliases, noops, later]) known.push(...Object.keys(table));
-  return [...known, 'trust_remote_code'];
+  for (const [section, shape] of Object.entries(sections))
+    for (const key of Object.keys(shape)) known.push(`${section}.${key}`);
+  return [...known, ...Object.keys(aliases)];
 }
 
 /** A value that was given for a key, and where. */
@@ -413,7 +432,7 @@ class Reader {
       }
       return undefined;
     }
-    const [section = '', key] = splitOnce(spelled);
+    const [section, key] = splitOnce(spelled);
     const renamed = key === undefined && Object.hasOwn(aliases, section) ? aliases[section] : undefined;
     if (renamed !== undefined) {
       this.notes.push(`${spelled} is read as ${renamed}`);
@@ -428,17 +447,18 @@ class Reader {
     if (/token$|api_key|password|secret/i.test(spelled) && !spelled.startsWith('special_tokens.')) {
       return '; a run file holds no credentials: set HF_TOKEN in the environment';
     }
+    const suggested = Object.hasOwn(suggestions, spelled) ? suggestions[spelled] : undefined;
+    const wanted = spelled.toLowerCase().replaceAll('-', '_');
+    // Inside a section its own keys are meant; outside, a key of a section may be meant too.
+    const section = splitOnce(spelled)[1] === undefined ? '' : `${splitOnce(spelled)[0]}.`;
     const known = knownNames();
-    const section = splitOnce(spelled)[1] === undefined ? undefined : `${splitOnce(spelled)[0]}.`;
-    const inSection = section === undefined ? [] : known.filter((name) => name.startsWith(section));
+    const own = section === '' ? known : known.filter((name) => name.startsWith(section));
     const found =
-      (Object.hasOwn(suggestions, spelled) ? suggestions[spelled] : undefined) ??
-      (inSection.length > 0 ? nearest(spelled.slice(section?.length ?? 0), inSection.map((name) => name.slice(section?.length ?? 0))) : undefined) ??
-      nearest(spelled, known) ??
-      known.find((name) => name.endsWith(`.${spelled}`));
-    if (found === undefined) return '; `lorikeet train --help` lists the keys';
-    const full = inSection.includes(`${section}${found}`) ? `${section}${found}` : found;
-    return `; did you mean ${full}?`;
+      suggested ??
+      known.find((name) => name.endsWith(`.${wanted}`)) ??
+      nearestNames(wanted, own, 1)[0] ??
+      nearestNames(wanted, known, 1)[0];
+    return found === undefined ? '; `lorikeet train --help` lists the keys' : `; did you mean ${found}?`;
   }
 }
 
@@ -452,7 +472,11 @@ function isMap(value: unknown): value is Record<string, unknown> {
 }
 
 /** The keys of a parsed map by dotted name; the two sections are opened, other maps are values. */
-function flatten(value: Record<string, unknown>, locate: (path: readonly string[]) => string, mistakes: string[]): [string, Given][] {
+function flatten(
+  value: Record<string, unknown>,
+  locate: (path: readonly string[]) => string,
+  mistakes: string[],
+): [string, Given][] {
   const entries: [string, Given][] = [];
   for (const [name, item] of Object.entries(value)) {
     if (!Object.hasOwn(sections, name)) {
@@ -462,7 +486,9 @@ function flatten(value: Record<string, unknown>, locate: (path: readonly string[
     if (item === null || item === undefined) continue;
     if (!isMap(item)) {
       const hint = name === 'lora' && item === false ? ' (training without an adapter is not supported yet)' : '';
-      mistakes.push(`${locate([name])}: ${name} must be ${keyType(name)?.description ?? 'a map'}, not ${quoted(item)}${hint}`);
+      mistakes.push(
+        `${locate([name])}: ${name} must be ${keyType(name)?.description ?? 'a map'}, not ${quoted(item)}${hint}`,
+      );
       continue;
     }
     for (const [key, inner] of Object.entries(item)) {
@@ -481,7 +507,9 @@ const maxFile = 1_000_000;
 function parseYaml(source: string, path: string): { document: Document.Parsed; lines: LineCounter; value: unknown } {
   const lines = new LineCounter();
   if (source.length > maxFile) {
-    throw new UsageError(`a run file of ${source.length} characters cannot be meant (at most ${maxFile})`, { where: path });
+    throw new UsageError(`a run file of ${source.length} characters cannot be meant (at most ${maxFile})`, {
+      where: path,
+    });
   }
   const document = parseDocument(source, { lineCounter: lines, prettyErrors: false, version: '1.2' });
   const fault = document.errors[0];
@@ -492,11 +520,14 @@ function parseYaml(source: string, path: string): { document: Document.Parsed; l
   try {
     return { document, lines, value: document.toJS({ maxAliasCount: maxAliases }) };
   } catch (error) {
-    throw new UsageError(`the aliases (*name) cannot be resolved: ${error instanceof Error ? firstLine(error.message) : 'unknown reason'}`, {
-      where: path,
-      fix: `At most ${maxAliases} uses of one alias are allowed.`,
-      cause: error,
-    });
+    throw new UsageError(
+      `the aliases (*name) cannot be resolved: ${error instanceof Error ? firstLine(error.message) : 'unknown reason'}`,
+      {
+        where: path,
+        fix: `At most ${maxAliases} uses of one alias are allowed.`,
+        cause: error,
+      },
+    );
   }
 }
 
@@ -509,10 +540,21 @@ function parseOverride(override: string): [string, Given] {
   const equals = override.indexOf('=');
   const name = equals === -1 ? override : override.slice(0, equals).trim();
   if (equals <= 0 || !/^[A-Za-z_][\w.-]*$/.test(name)) {
-    throw new UsageError(`${quoted(override)} is not of the form key=value`, { fix: 'For example learning_rate=2e-4 or lora.r=16.' });
+    throw new UsageError(`${quoted(override)} is not of the form key=value`, {
+      fix: 'For example learning_rate=2e-4 or lora.r=16.',
+    });
   }
-  const where = `on the command line`;
-  return [name, { value: parseYaml(override.slice(equals + 1), `${where}, ${name}`).value, where, spelled: name }];
+  const where = 'on the command line';
+  const raw = override.slice(equals + 1);
+  // A text such as `{instruction}` is taken as it is; quoting it as YAML is possible, not needed.
+  const asText = raw !== '' && !/^["']/.test(raw) && isTextKey(aliases[name] ?? name);
+  return [name, { value: asText ? raw : parseYaml(raw, `${where}, ${name}`).value, where, spelled: name }];
+}
+
+/** Whether a key takes any text and nothing else. */
+function isTextKey(name: string): boolean {
+  const type = keyType(name);
+  return type?.safeParse('{any text}').success === true && !type.safeParse(['x']).success;
 }
 
 /** What {@link resolveConfig} puts together; later ones win: file, overrides, flags. */
@@ -534,7 +576,10 @@ export function resolveConfig(sources: ConfigSources): ResolvedConfig {
     const { path, text: source } = sources.file;
     const { document, lines, value } = parseYaml(source, path);
     if (value !== null && value !== undefined && !isMap(value)) {
-      throw new UsageError(`a run file holds keys and values, not ${quoted(value, 40)}`, { where: path, fix: 'For example learning_rate: 2e-4.' });
+      throw new UsageError(`a run file holds keys and values, not ${quoted(value, 40)}`, {
+        where: path,
+        fix: 'For example learning_rate: 2e-4.',
+      });
     }
     const locate = (keys: readonly string[]): string => {
       const node = document.getIn(keys, true);
@@ -545,7 +590,9 @@ export function resolveConfig(sources: ConfigSources): ResolvedConfig {
   }
   const overrides = (sources.overrides ?? []).map(parseOverride);
   const opened = overrides.flatMap(([name, given]): [string, Given][] =>
-    Object.hasOwn(sections, name) ? flatten({ [name]: given.value }, () => given.where, reader.mistakes) : [[name, given]],
+    Object.hasOwn(sections, name)
+      ? flatten({ [name]: given.value }, () => given.where, reader.mistakes)
+      : [[name, given]],
   );
   reader.layer(opened);
   const flags = Object.entries(sources.flags ?? {}).filter(([, value]) => value !== undefined);
@@ -561,7 +608,9 @@ export function resolveConfig(sources: ConfigSources): ResolvedConfig {
     const type = keyType(name);
     const checked = type?.safeParse(plain);
     if (checked?.success === false) {
-      reader.mistakes.push(`${where}: ${name} must be ${type?.description ?? 'something else'}, not ${quoted(value)}${valueHint(name, value)}`);
+      reader.mistakes.push(
+        `${where}: ${name} must be ${type?.description ?? 'something else'}, not ${quoted(value)}${valueHint(name, value)}`,
+      );
     } else if (key === undefined) raw[name] = plain;
     else {
       const part = parts[section] ?? {};
@@ -575,7 +624,9 @@ export function resolveConfig(sources: ConfigSources): ResolvedConfig {
   if (reader.mistakes.length > 0 || !whole.success) {
     const found = reader.mistakes;
     throw new UsageError(
-      found.length === 1 ? (found[0] ?? '') : `the run has ${found.length} mistakes:\n${found.map((mistake) => `  - ${mistake}`).join('\n')}`,
+      found.length === 1
+        ? (found[0] ?? '')
+        : `the run has ${found.length} mistakes:\n${found.map((mistake) => `  - ${mistake}`).join('\n')}`,
     );
   }
   return { config: whole.data, notes: [...new Set(reader.notes)], given: new Set(reader.values.keys()) };
@@ -591,7 +642,8 @@ function normalise(name: string, value: unknown): unknown {
     if (value === 'none' || (Array.isArray(value) && value.length === 1 && value[0] === 'none')) return [];
     if (typeof value === 'string') return [value];
   }
-  if (name === 'lora.target_modules' && typeof value === 'string' && value.toLowerCase() === 'all-linear') return 'all-linear';
+  if (name === 'lora.target_modules' && typeof value === 'string' && value.toLowerCase() === 'all-linear')
+    return 'all-linear';
   return value;
 }
 
@@ -602,11 +654,15 @@ function valueHint(name: string, value: unknown): string {
     return ' (not supported yet)';
   }
   if (name === 'report_to') return ' (other destinations are not supported yet)';
-  if (name === 'dtype' && value === 'bfloat16') return ' (WebGPU has no bfloat16; bfloat16 checkpoints are converted when they are loaded)';
+  if (name === 'dtype' && value === 'bfloat16')
+    return ' (WebGPU has no bfloat16; bfloat16 checkpoints are converted when they are loaded)';
   if (typeof value === 'string' && /^(yes|no|on|off)$/i.test(value) && keyType(name)?.description === 'true or false') {
     return ' (YAML 1.2 writes true and false)';
   }
-  if (typeof value === 'string' && value.trim() !== '' && Number.isFinite(Number(value))) return ' (a text: remove the quotes)';
+  if (typeof value === 'number' && keyType(name)?.safeParse(String(value)).success)
+    return ' (a number: put it in quotes)';
+  if (typeof value === 'string' && value.trim() !== '' && Number.isFinite(Number(value)))
+    return ' (a text: remove the quotes)';
   return '';
 }
 
@@ -632,16 +688,22 @@ function crossCheck(config: Config, reader: Reader): void {
     config.validation_file === null &&
     config.dataset_name === null
   ) {
-    complain('eval_strategy', `eval_strategy: ${config.eval_strategy} needs validation data: set validation_file or a validation_split above 0`);
+    complain(
+      'eval_strategy',
+      `eval_strategy: ${config.eval_strategy} needs validation data: set validation_file or a validation_split above 0`,
+    );
   }
-  if (config.fp16 && config.dtype === 'float32') complain('fp16', 'fp16: true and dtype: float32 contradict each other; keep one');
+  if (config.fp16 && config.dtype === 'float32')
+    complain('fp16', 'fp16: true and dtype: float32 contradict each other; keep one');
   if (has('warmup_ratio') && config.warmup_ratio > 0 && config.warmup_steps > 0) {
     complain('warmup_ratio', 'warmup_ratio and warmup_steps are both set; keep one');
   }
   const pad = config.special_tokens.pad_token;
   if (pad !== null && pad === config.special_tokens.eos_token) {
     // Allowed: padding is masked by length, never by id.
-    reader.notes.push('pad_token and eos_token are the same text: padding is masked by length here, so the end token still trains');
+    reader.notes.push(
+      'pad_token and eos_token are the same text: padding is masked by length here, so the end token still trains',
+    );
   }
 }
 
@@ -649,7 +711,10 @@ function crossCheck(config: Config, reader: Reader): void {
  * Reads and resolves a run file.
  * @throws {@link UsageError} or CliError when the file is not there
  */
-export async function loadConfig(path: string | undefined, sources: Omit<ConfigSources, 'file'> = {}): Promise<ResolvedConfig> {
+export async function loadConfig(
+  path: string | undefined,
+  sources: Omit<ConfigSources, 'file'> = {},
+): Promise<ResolvedConfig> {
   if (path === undefined) return resolveConfig(sources);
   let source: string;
   try {

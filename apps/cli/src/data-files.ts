@@ -1,10 +1,11 @@
 /**
  * Rows from data files: JSON lines, a JSON array, CSV or TSV with a header, Parquet. Each row carries where it came
- * from (`file:line`, for Parquet `file:row N`), so that later stages can name it.
+ * from, so that later stages can name it.
  */
 import { createReadStream } from 'node:fs';
-import { readFile, stat } from 'node:fs/promises';
+import { stat } from 'node:fs/promises';
 import { extname } from 'node:path';
+import type { DataRow, RowSource } from '@lorikeet/trainer';
 import { CsvError, parse as parseCsv } from 'csv-parse';
 import { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } from 'hyparquet';
 import { compressors } from 'hyparquet-compressors';
@@ -13,13 +14,11 @@ import { scanJson } from './json-scan.js';
 import { printable, quoted } from './text.js';
 
 /** A value of a data row: what JSON can hold. */
-export type DataValue = string | number | boolean | null | DataValue[] | { [name: string]: DataValue };
+type DataValue = string | number | boolean | null | DataValue[] | { [name: string]: DataValue };
 
-/** A row of a data file. */
-export interface DataRow {
-  /** `file:line`; for Parquet `file:row N`, counted from 1. */
-  readonly source: string;
-  readonly columns: Readonly<Record<string, DataValue>>;
+/** A row with its place: file and line, for Parquet the number of the record, counted from 1. */
+export interface PlacedRow extends DataRow {
+  readonly source: RowSource;
 }
 
 /** The formats that are read. */
@@ -56,7 +55,10 @@ export function dataFormat(path: string): DataFormat | undefined {
  * Reads a data file row by row.
  * @throws {@link CliError} naming file, line and column of what is broken, with the text around it
  */
-export async function* readDataFile(path: string, options: ReadDataOptions = {}): AsyncGenerator<DataRow, void, undefined> {
+export async function* readDataFile(
+  path: string,
+  options: ReadDataOptions = {},
+): AsyncGenerator<PlacedRow, void, undefined> {
   const format = dataFormat(path);
   if (format === undefined) {
     throw new CliError(`the name does not say which kind of data this is`, {
@@ -78,7 +80,7 @@ export async function* readDataFile(path: string, options: ReadDataOptions = {})
   if (rows === 0) throw new CliError('the data file has no rows', { where: path });
 }
 
-async function reader(path: string, format: DataFormat, options: ReadDataOptions): Promise<AsyncGenerator<DataRow>> {
+async function reader(path: string, format: DataFormat, options: ReadDataOptions): Promise<AsyncGenerator<PlacedRow>> {
   switch (format) {
     case 'jsonl':
       return readJsonLines(path, options);
@@ -95,8 +97,8 @@ async function reader(path: string, format: DataFormat, options: ReadDataOptions
 }
 
 /** All rows of one or more files, in order. */
-export async function readDataRows(paths: readonly string[], options: ReadDataOptions = {}): Promise<DataRow[]> {
-  const rows: DataRow[] = [];
+export async function readDataRows(paths: readonly string[], options: ReadDataOptions = {}): Promise<PlacedRow[]> {
+  const rows: PlacedRow[] = [];
   for (const path of paths) {
     for await (const row of readDataFile(path, options)) rows.push(row);
   }
@@ -178,21 +180,23 @@ function around(text: string, offset: number): string {
   return printable(`${start > 0 ? '…' : ''}${text.slice(start, end)}${end < text.length ? '…' : ''}`);
 }
 
-function asRow(value: unknown, source: string): DataRow {
+function asRow(value: unknown, file: string, line: number): PlacedRow {
   if (!isRecord(value)) {
-    throw new CliError(`a row must be an object like {"instruction": …}, not ${quoted(value, 60)}`, { where: source });
+    throw new CliError(`a row must be an object like {"instruction": …}, not ${quoted(value, 60)}`, {
+      where: `${file}:${line}`,
+    });
   }
-  return { source, columns: value };
+  return { source: { file, line }, fields: value };
 }
 
 function isRecord(value: unknown): value is Record<string, DataValue> {
   return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
 
-async function* readJsonLines(path: string, options: ReadDataOptions): AsyncGenerator<DataRow> {
+async function* readJsonLines(path: string, options: ReadDataOptions): AsyncGenerator<PlacedRow> {
   let pending = '';
   let line = 0;
-  const row = (raw: string): DataRow | undefined => {
+  const row = (raw: string): PlacedRow | undefined => {
     line++;
     const text = line === 1 ? raw.replace(/^\uFEFF/, '') : raw;
     if (text.trim() === '') return undefined;
@@ -210,7 +214,7 @@ async function* readJsonLines(path: string, options: ReadDataOptions): AsyncGene
         },
       );
     }
-    return asRow(value, `${path}:${line}`);
+    return asRow(value, path, line);
   };
   for await (const text of readText(path, options)) {
     const lines = text.split('\n');
@@ -231,7 +235,7 @@ async function* readJsonLines(path: string, options: ReadDataOptions): AsyncGene
   if (last !== undefined) yield last;
 }
 
-async function* readJsonArray(path: string, options: ReadDataOptions): AsyncGenerator<DataRow> {
+async function* readJsonArray(path: string, options: ReadDataOptions): AsyncGenerator<PlacedRow> {
   const { size } = await stat(path);
   if (size > largestJson) {
     throw new CliError(`a JSON array of ${size} bytes has to be read whole, and ${largestJson} is the most`, {
@@ -257,11 +261,11 @@ async function* readJsonArray(path: string, options: ReadDataOptions): AsyncGene
   for (const item of items) {
     line += countNewlines(text.slice(at, item.start));
     at = item.start;
-    yield asRow(JSON.parse(text.slice(item.start, item.end)), `${path}:${line}`);
+    yield asRow(JSON.parse(text.slice(item.start, item.end)), path, line);
   }
 }
 
-async function* readCsv(path: string, delimiter: string, options: ReadDataOptions): AsyncGenerator<DataRow> {
+async function* readCsv(path: string, delimiter: string, options: ReadDataOptions): AsyncGenerator<PlacedRow> {
   let header: string[] | undefined;
   const parser = parseCsv({
     delimiter,
@@ -276,7 +280,8 @@ async function* readCsv(path: string, delimiter: string, options: ReadDataOption
   const feed = (async (): Promise<void> => {
     try {
       for await (const text of readText(path, options)) {
-        if (!parser.write(text)) await new Promise<void>((resolve) => parser.once('drain', resolve).once('close', resolve));
+        if (!parser.write(text))
+          await new Promise<void>((resolve) => parser.once('drain', resolve).once('close', resolve));
         if (parser.destroyed) return;
       }
       parser.end();
@@ -296,11 +301,14 @@ async function* readCsv(path: string, delimiter: string, options: ReadDataOption
       if (record.length !== header.length) {
         throw new CliError(
           `this row has ${record.length} ${record.length === 1 ? 'field' : 'fields'}, the header has ${header.length} (${printable(header.join(', '))})`,
-          { where: `${path}:${line}`, fix: 'Put fields that hold the delimiter, a quote or a line break in double quotes.' },
+          {
+            where: `${path}:${line}`,
+            fix: 'Put fields that hold the delimiter, a quote or a line break in double quotes.',
+          },
         );
       }
-      const columns = header.map((name, i): [string, DataValue] => [name, record[i] ?? '']);
-      yield { source: `${path}:${line}`, columns: Object.fromEntries(columns) };
+      const fields = header.map((name, i): [string, DataValue] => [name, record[i] ?? '']);
+      yield { source: { file: path, line }, fields: Object.fromEntries(fields) };
     }
   } catch (error) {
     if (!(error instanceof CsvError)) throw error;
@@ -330,7 +338,8 @@ function csvFault(error: CsvError): { line: number; what: string } {
   const lines = error['lines'];
   const line = typeof lines === 'number' ? lines : 1;
   if (error.code === 'CSV_QUOTE_NOT_CLOSED') return { line, what: 'a double quote is opened and never closed' };
-  if (error.code === 'INVALID_OPENING_QUOTE') return { line, what: 'a double quote stands inside a field that is not quoted' };
+  if (error.code === 'INVALID_OPENING_QUOTE')
+    return { line, what: 'a double quote stands inside a field that is not quoted' };
   if (error.code === 'CSV_INVALID_CLOSING_QUOTE') return { line, what: 'text follows the closing quote of a field' };
   return { line, what: printable(error.message) };
 }
@@ -354,7 +363,7 @@ function checkHeader(names: string[], where: string, delimiter: string): string[
   return header;
 }
 
-async function* readParquet(path: string, options: ReadDataOptions): AsyncGenerator<DataRow> {
+async function* readParquet(path: string, options: ReadDataOptions): AsyncGenerator<PlacedRow> {
   const fail = (error: unknown): CliError =>
     error instanceof CliError
       ? error
@@ -384,9 +393,9 @@ async function* readParquet(path: string, options: ReadDataOptions): AsyncGenera
       throw fail(new Error(`rows ${start + 1} to ${end} were promised, ${rows.length} came`));
     }
     for (const [i, row] of rows.entries()) {
-      const source = `${path}:row ${start + i + 1}`;
-      const columns = names.map((name): [string, DataValue] => [name, plainValue(row[name], source, name)]);
-      yield { source, columns: Object.fromEntries(columns) };
+      const line = start + i + 1;
+      const fields = names.map((name): [string, DataValue] => [name, plainValue(row[name], `${path}:${line}`, name)]);
+      yield { source: { file: path, line }, fields: Object.fromEntries(fields) };
     }
     start = end;
     options.onProgress?.(Math.round((file.byteLength * end) / Math.max(1, Number(metadata.num_rows))));
@@ -404,7 +413,10 @@ function plainValue(value: unknown, source: string, column: string): DataValue {
     try {
       return new TextDecoder('utf-8', { fatal: true }).decode(value);
     } catch (error) {
-      throw new CliError(`column ${quoted(column)} holds bytes that are not UTF-8 text`, { where: source, cause: error });
+      throw new CliError(`column ${quoted(column)} holds bytes that are not UTF-8 text`, {
+        where: source,
+        cause: error,
+      });
     }
   }
   if (Array.isArray(value)) return value.map((item) => plainValue(item, source, column));
@@ -415,13 +427,4 @@ function plainValue(value: unknown, source: string, column: string): DataValue {
     return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, plainValue(item, source, column)]));
   }
   throw new CliError(`column ${quoted(column)} holds a value of the kind ${typeof value}`, { where: source });
-}
-
-/** Whole text of a small UTF-8 file. */
-export async function readTextFile(path: string, doing: string): Promise<string> {
-  try {
-    return await readFile(path, 'utf8');
-  } catch (error) {
-    throw fileError(error, path, doing);
-  }
 }

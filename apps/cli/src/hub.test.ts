@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { basename, join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { CliError } from './errors.js';
-import { chooseDataFiles, type HubOptions, type HubProgress, resolveAdapter, resolveDataset, resolveModel } from './hub.js';
+import { type HubOptions, type HubProgress, resolveAdapter, resolveDataset, resolveModel } from './hub.js';
 
 const commit = 'a'.repeat(40);
 
@@ -67,7 +67,10 @@ class FakeHub {
     if (path.startsWith('/api/')) {
       if (this.refuse.api !== undefined && !allowed) return fail(this.refuse.api);
       const body = path.includes('/tree/')
-        ? [...[...this.files].map(([name, data]) => this.#entry(name, data)), ...this.listed.map((name) => ({ type: 'file', path: name, size: 3 }))]
+        ? [
+            ...[...this.files].map(([name, data]) => this.#entry(name, data)),
+            ...this.listed.map((name) => ({ type: 'file', path: name, size: 3 })),
+          ]
         : { _id: '1', id: this.id, sha: commit, private: false, lastModified: '2026-01-01T00:00:00Z' };
       response.writeHead(200, { 'content-type': 'application/json' }).end(JSON.stringify(body));
       return;
@@ -119,7 +122,13 @@ let hub: FakeHub;
 let folder: string;
 
 function options(more: HubOptions = {}): HubOptions {
-  return { endpoint: hub.endpoint, cacheDir: join(folder, 'cache'), env: { HF_HOME: join(folder, 'home') }, retryDelayMs: 1, ...more };
+  return {
+    endpoint: hub.endpoint,
+    cacheDir: join(folder, 'cache'),
+    env: { HF_HOME: join(folder, 'home') },
+    retryDelayMs: 1,
+    ...more,
+  };
 }
 
 async function failure(promise: Promise<unknown>): Promise<CliError> {
@@ -130,6 +139,11 @@ async function failure(promise: Promise<unknown>): Promise<CliError> {
     throw error;
   }
   throw new Error('it did not fail');
+}
+
+/** Compared by Buffer: `toEqual` takes seconds for the larger files. */
+async function sameBytes(path: string, name: string): Promise<boolean> {
+  return hub.files.get(name)?.equals(await readFile(path)) ?? false;
 }
 
 async function filesBelow(path: string): Promise<string[]> {
@@ -159,7 +173,7 @@ describe('resolveModel from a hub', () => {
     const seen: HubProgress[] = [];
     const path = await resolveModel(hub.id, options({ onProgress: (progress) => seen.push(progress) }));
     expect((await readdir(path)).sort()).toEqual(['config.json', 'model.safetensors', 'tokenizer.json']);
-    expect(await readFile(join(path, 'model.safetensors'))).toEqual(hub.files.get('model.safetensors'));
+    expect(await sameBytes(join(path, 'model.safetensors'), 'model.safetensors')).toBe(true);
     expect(await readFile(join(folder, 'cache', 'models--org--name', 'refs', 'main'), 'utf8')).toBe(commit);
     expect(seen.at(-1)).toEqual({ file: 'model.safetensors', doneBytes: 300_000, totalBytes: 300_000 });
     const before = hub.requests.length;
@@ -170,7 +184,7 @@ describe('resolveModel from a hub', () => {
   it('continues a transfer that breaks off and ends with the right bytes', async () => {
     hub.breaks.set('model.safetensors', [100_000, 70_000]);
     const path = await resolveModel(hub.id, options());
-    expect(await readFile(join(path, 'model.safetensors'))).toEqual(hub.files.get('model.safetensors'));
+    expect(await sameBytes(join(path, 'model.safetensors'), 'model.safetensors')).toBe(true);
     const ranges = hub.transfers('model.safetensors').map((request) => request.range);
     expect(ranges).toEqual([undefined, 'bytes=100000-', 'bytes=170000-']);
   });
@@ -184,47 +198,62 @@ describe('resolveModel from a hub', () => {
     hub.breaks.clear();
     const path = await resolveModel(hub.id, options());
     expect(hub.transfers('model.safetensors').at(-1)?.range).toBe('bytes=100000-');
-    expect(await readFile(join(path, 'model.safetensors'))).toEqual(hub.files.get('model.safetensors'));
+    expect(await sameBytes(join(path, 'model.safetensors'), 'model.safetensors')).toBe(true);
+  });
+
+  it('two at once do not harm each other', async () => {
+    hub.breaks.set('model.safetensors', [100_000, 50_000]);
+    const [path] = await Promise.all([resolveModel(hub.id, options()), resolveModel(hub.id, options())]);
+    expect(await sameBytes(join(path, 'model.safetensors'), 'model.safetensors')).toBe(true);
   });
 
   it('starts over when the server ignores the range', async () => {
     hub.breaks.set('model.safetensors', [100_000]);
     hub.ignoreRange = true;
     const path = await resolveModel(hub.id, options());
-    expect(await readFile(join(path, 'model.safetensors'))).toEqual(hub.files.get('model.safetensors'));
+    expect(await sameBytes(join(path, 'model.safetensors'), 'model.safetensors')).toBe(true);
   });
 
   it('counts a transfer that stands still as broken off', async () => {
     hub.stalls = 1;
     const path = await resolveModel(hub.id, options({ stallMs: 150 }));
-    expect(await readFile(join(path, 'model.safetensors'))).toEqual(hub.files.get('model.safetensors'));
+    expect(await sameBytes(join(path, 'model.safetensors'), 'model.safetensors')).toBe(true);
     expect(hub.transfers('model.safetensors').map((request) => request.range)).toEqual([undefined, 'bytes=100-']);
   });
 
-  it.each(['model.safetensors', 'config.json'])('finds damage in %s by its hash, fetches again, and gives up after two', async (name) => {
-    const notes: string[] = [];
-    hub.damage.add(name);
-    const path = await resolveModel(hub.id, options({ onNote: (note) => notes.push(note) }));
-    expect(notes).toEqual([`${name} arrived damaged and is fetched again`]);
-    expect(await readFile(join(path, name))).toEqual(hub.files.get(name));
+  it.each(['model.safetensors', 'config.json'])(
+    'finds damage in %s by its hash, fetches again, and gives up after two',
+    async (name) => {
+      const notes: string[] = [];
+      hub.damage.add(name);
+      const path = await resolveModel(hub.id, options({ onNote: (note) => notes.push(note) }));
+      expect(notes).toEqual([`${name} arrived damaged and is fetched again`]);
+      expect(await sameBytes(join(path, name), name)).toBe(true);
 
-    await rm(join(folder, 'cache'), { recursive: true });
-    hub.damage = new Set([name]);
-    hub.damage.delete = (value: string): boolean => hub.damage.has(value);
-    expect((await failure(resolveModel(hub.id, options()))).message).toMatch(/arrived damaged twice: its (sha256|git-sha1) is/);
-    expect(await filesBelow(join(folder, 'cache', 'models--org--name', 'snapshots'))).not.toContain(name);
-  });
+      await rm(join(folder, 'cache'), { recursive: true });
+      hub.damage = new Set([name]);
+      hub.damage.delete = (value: string): boolean => hub.damage.has(value);
+      expect((await failure(resolveModel(hub.id, options()))).message).toMatch(
+        /arrived damaged twice: its (sha256|git-sha1) is/,
+      );
+      expect(await filesBelow(join(folder, 'cache', 'models--org--name', 'snapshots'))).not.toContain(name);
+    },
+  );
 
   it('takes a file that the server lists without a hash by its size', async () => {
     hub.noHashes = true;
     hub.breaks.set('model.safetensors', [1000]);
     const path = await resolveModel(hub.id, options());
-    expect(await readFile(join(path, 'model.safetensors'))).toEqual(hub.files.get('model.safetensors'));
+    expect(await sameBytes(join(path, 'model.safetensors'), 'model.safetensors')).toBe(true);
   });
 
   it('fetches the shards that the index names', async () => {
     hub.files.delete('model.safetensors');
-    const map = { a: 'model-00001-of-00002.safetensors', b: 'model-00002-of-00002.safetensors', c: 'model-00001-of-00002.safetensors' };
+    const map = {
+      a: 'model-00001-of-00002.safetensors',
+      b: 'model-00002-of-00002.safetensors',
+      c: 'model-00001-of-00002.safetensors',
+    };
     hub.files.set('model.safetensors.index.json', Buffer.from(JSON.stringify({ metadata: {}, weight_map: map })));
     hub.files.set(map.a, randomBytes(100));
     hub.files.set(map.b, randomBytes(100));
@@ -232,12 +261,16 @@ describe('resolveModel from a hub', () => {
     expect((await readdir(path)).filter((name) => name.endsWith('.safetensors')).sort()).toEqual([map.a, map.b]);
     hub.files.delete(map.b);
     await rm(join(folder, 'cache'), { recursive: true });
-    expect((await failure(resolveModel(hub.id, options()))).message).toContain(`names files that the repository lacks: "${map.b}"`);
+    expect((await failure(resolveModel(hub.id, options()))).message).toContain(
+      `names files that the repository lacks: "${map.b}"`,
+    );
   });
 
   it('says what is there when there are no safetensors', async () => {
     hub.files.delete('model.safetensors');
-    expect((await failure(resolveModel(hub.id, options()))).message).toMatch(/no safetensors weights, only pytorch_model.bin/);
+    expect((await failure(resolveModel(hub.id, options()))).message).toMatch(
+      /no safetensors weights, only pytorch_model.bin/,
+    );
   });
 
   it('sends the token to the endpoint and not to where files are redirected', async () => {
@@ -260,13 +293,17 @@ describe('resolveModel from a hub', () => {
     await mkdir(join(folder, 'home'));
     await writeFile(join(folder, 'home', 'token'), 'hf_file\n');
     hub.refuse = { api: 401, files: 401, token: 'hf_file' };
-    await resolveModel(hub.id, options());
+    expect(await readdir(await resolveModel(hub.id, options()))).toContain('config.json');
   });
 
   it.each([
     [{ api: 401 }, undefined, /401: there is no such model, or it is private or gated.*set HF_TOKEN/],
     [{ api: 401 }, 'hf_old', /401: the access token is not valid/],
-    [{ files: 403, code: 'GatedRepo' }, undefined, /403: this model is gated.*Accept the terms at http.*org\/name and set HF_TOKEN/],
+    [
+      { files: 403, code: 'GatedRepo' },
+      undefined,
+      /403: this model is gated.*Accept the terms at http.*org\/name and set HF_TOKEN/,
+    ],
     [{ files: 403, code: 'GatedRepo' }, 'hf_mine', /the account of this token has no access/],
     [{ api: 404 }, undefined, /404: there is no such model.*Check the spelling/],
     [{ api: 404, code: 'RevisionNotFound' }, undefined, /org\/name has no revision "main"/],
@@ -280,17 +317,24 @@ describe('resolveModel from a hub', () => {
     expect(error.exitCode).toBe(1);
   });
 
-  it.each(['../outside.json', '/etc/x.json', 'a/../../b.json', 'C:\\x.json', 'a\\b.json', 'a//b.json', 'nul\u0000.json'])(
-    'refuses a repository that lists %j, and writes nothing',
-    async (name) => {
-      hub.listed = [name];
-      expect((await failure(resolveModel(hub.id, options()))).message).toContain('leads out of its folder');
-      expect(await filesBelow(folder)).toEqual([]);
-    },
-  );
+  it.each([
+    '../outside.json',
+    '/etc/x.json',
+    'a/../../b.json',
+    'C:\\x.json',
+    'a\\b.json',
+    'a//b.json',
+    'nul\u0000.json',
+  ])('refuses a repository that lists %j, and writes nothing', async (name) => {
+    hub.listed = [name];
+    expect((await failure(resolveModel(hub.id, options()))).message).toContain('leads out of its folder');
+    expect(await filesBelow(folder)).toEqual([]);
+  });
 
   it('refuses revisions that are paths', async () => {
-    expect((await failure(resolveModel(hub.id, options({ revision: '../../x' })))).message).toContain('not the name of a branch');
+    expect((await failure(resolveModel(hub.id, options({ revision: '../../x' })))).message).toContain(
+      'not the name of a branch',
+    );
   });
 
   it('stops when told to, keeping what arrived', async () => {
@@ -318,9 +362,13 @@ describe('resolveModel from a hub', () => {
     expect(await resolveModel(hub.id, options({ onNote: (note) => notes.push(note) }))).toBe(path);
     expect(notes[0]).toMatch(/cannot be reached; org\/name is taken from the cache/);
     expect((await failure(resolveModel('org/other', options()))).message).toMatch(/cannot be reached: .*ECONNREFUSED/);
-    expect((await failure(resolveModel('org/other', options({ offline: true })))).message).toMatch(/not in the cache.*offline mode/);
+    expect((await failure(resolveModel('org/other', options({ offline: true })))).message).toMatch(
+      /not in the cache.*offline mode/,
+    );
     await rm(join(path, 'model.safetensors'));
-    expect((await failure(resolveModel(hub.id, options({ offline: true })))).message).toMatch(/not whole \(model.safetensors missing\)/);
+    expect((await failure(resolveModel(hub.id, options({ offline: true })))).message).toMatch(
+      /not whole \(model.safetensors missing\)/,
+    );
   });
 
   it('finds the cache through the environment', async () => {
@@ -362,7 +410,11 @@ describe('resolveAdapter', () => {
     hub.files.set('tokenizer_config.json', Buffer.from('{}'));
     hub.files.set('optimizer.pt', randomBytes(50));
     const path = await resolveAdapter(hub.id, options());
-    expect((await readdir(path)).sort()).toEqual(['adapter_config.json', 'adapter_model.safetensors', 'tokenizer_config.json']);
+    expect((await readdir(path)).sort()).toEqual([
+      'adapter_config.json',
+      'adapter_model.safetensors',
+      'tokenizer_config.json',
+    ]);
     expect(await resolveAdapter(hub.id, options({ offline: true }))).toBe(path);
   });
 
@@ -370,7 +422,9 @@ describe('resolveAdapter', () => {
     hub.files.clear();
     hub.files.set('adapter_config.json', Buffer.from('{}'));
     hub.files.set('adapter_model.bin', Buffer.from('x'));
-    expect((await failure(resolveAdapter(hub.id, options()))).message).toMatch(/adapter_model.bin, which can run code and is not read/);
+    expect((await failure(resolveAdapter(hub.id, options()))).message).toMatch(
+      /adapter_model.bin, which can run code and is not read/,
+    );
   });
 
   it('a model given as adapter, an adapter given as model', async () => {
@@ -392,7 +446,7 @@ describe('resolveDataset', () => {
     const found = await resolveDataset(hub.id, options());
     expect(found.train.map((path) => basename(path))).toEqual(['train-00000-of-00001-abc.parquet']);
     expect(found.validation.map((path) => basename(path))).toEqual(['validation-00000-of-00001-abc.parquet']);
-    expect(await readFile(found.train[0] ?? '')).toEqual(hub.files.get('data/train-00000-of-00001-abc.parquet'));
+    expect(await sameBytes(found.train[0] ?? '', 'data/train-00000-of-00001-abc.parquet')).toBe(true);
     expect(await resolveDataset(hub.id, options({ offline: true }))).toEqual(found);
     expect(hub.transfers('dataset_infos.json')).toEqual([]);
   });
@@ -407,48 +461,5 @@ describe('resolveDataset', () => {
       test: [join(folder, 'set', 'test', '0.jsonl')],
       format: 'jsonl',
     });
-  });
-});
-
-describe('chooseDataFiles', () => {
-  const choose = (paths: string[], card?: string, config?: string): ReturnType<typeof chooseDataFiles> => chooseDataFiles('org/set', paths, card, config);
-
-  it('tells splits by names', () => {
-    expect(choose(['sent_train.csv', 'sent_valid.csv', 'README.md'])).toMatchObject({ train: ['sent_train.csv'], validation: ['sent_valid.csv'] });
-    expect(choose(['a.jsonl', 'b.jsonl'])).toMatchObject({ train: ['a.jsonl', 'b.jsonl'], validation: [], test: [] });
-    expect(choose(['latest.csv', 'contest.csv']).train).toHaveLength(2);
-    expect(choose(['dev.tsv', 'train.tsv', 'eval.tsv'])).toMatchObject({ train: ['train.tsv'], validation: ['dev.tsv'], test: ['eval.tsv'] });
-  });
-
-  it('does not read the same rows twice in two formats', () => {
-    expect(choose(['train.csv', 'train.parquet'])).toMatchObject({ train: ['train.parquet'], format: 'parquet' });
-  });
-
-  it('obeys the card', () => {
-    const card = `---
-license: mit
-configs:
-- config_name: small
-  data_files:
-  - split: train
-    path: small/*.jsonl
-- config_name: large
-  default: true
-  data_files:
-  - split: train
-    path: [large/a-*.jsonl, large/b.jsonl]
-  - split: validation
-    path: "large/held/**"
----
-# words`;
-    const paths = ['small/1.jsonl', 'large/a-1.jsonl', 'large/b.jsonl', 'large/held/x/c.jsonl', 'large/other.jsonl'];
-    expect(choose(paths, card)).toMatchObject({ train: ['large/a-1.jsonl', 'large/b.jsonl'], validation: ['large/held/x/c.jsonl'] });
-    expect(choose(paths, card, 'small').train).toEqual(['small/1.jsonl']);
-    expect(() => choose(paths, card, 'huge')).toThrow(/no part "huge"; it has small, large/);
-    expect(() => choose(paths, card.replace('  default: true\n', ''))).toThrow(/several parts: small, large.*dataset_config_name/);
-  });
-
-  it('refuses sets without readable data', () => {
-    expect(() => choose(['README.md', 'data.arrow', 'dataset_info.json', '.hidden/train.csv'])).toThrow(/no data files that are read here/);
   });
 });

@@ -21,11 +21,11 @@ import {
   symlink,
 } from 'node:fs/promises';
 import { homedir } from 'node:os';
-import { basename, dirname, isAbsolute, join, relative, resolve, sep } from 'node:path';
+import { dirname, isAbsolute, join, relative, resolve, sep } from 'node:path';
+import { pipeline } from 'node:stream/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { datasetInfo, listFiles, modelInfo } from '@huggingface/hub';
-import { parse as parseYaml } from 'yaml';
-import { type DataFormat, dataFormat } from './data-files.js';
+import { chooseDataFiles, type DatasetFiles } from './dataset-splits.js';
 import { CliError, errorCode, errorMessage, fileError } from './errors.js';
 import { formatBytes, printable, quoted } from './text.js';
 import { writeFileAtomic } from './write.js';
@@ -97,7 +97,10 @@ async function settings(options: HubOptions): Promise<Settings> {
   );
   const endpoint = (options.endpoint ?? env['HF_ENDPOINT'] ?? 'https://huggingface.co').replace(/\/+$/, '');
   if (!/^https?:\/\/[^/]/.test(endpoint) || !URL.canParse(endpoint)) {
-    throw new CliError(`${quoted(endpoint)} is not the address of a server`, { where: 'HF_ENDPOINT', fix: 'It starts with https://.' });
+    throw new CliError(`${quoted(endpoint)} is not the address of a server`, {
+      where: 'HF_ENDPOINT',
+      fix: 'It starts with https://.',
+    });
   }
   const offline = options.offline ?? /^(1|on|yes|true)$/i.test(env['HF_HUB_OFFLINE'] ?? '');
   const token =
@@ -137,7 +140,10 @@ function checkRepoId(id: string, what: string): void {
 }
 
 function checkRevision(revision: string): void {
-  if (!/^[A-Za-z0-9_][\w.+/-]{0,200}$/.test(revision) || revision.split('/').some((part) => part === '' || part === '.' || part === '..')) {
+  if (
+    !/^[A-Za-z0-9_][\w.+/-]{0,200}$/.test(revision) ||
+    revision.split('/').some((part) => part === '' || part === '.' || part === '..')
+  ) {
     throw new CliError(`revision ${quoted(revision)} is not the name of a branch, tag or commit`);
   }
 }
@@ -151,11 +157,15 @@ async function localFolder(name: string, what: string): Promise<string | undefin
   const found = await stat(path).catch(() => undefined);
   if (found?.isDirectory()) return path;
   if (found !== undefined) {
-    throw new CliError(`this is a file; a ${what} is a folder`, { where: name, fix: `Give the folder that holds it: ${dirname(name)}.` });
+    throw new CliError(`this is a file; a ${what} is a folder`, {
+      where: name,
+      fix: `Give the folder that holds it: ${dirname(name)}.`,
+    });
   }
   if (!looksLikePath(name)) return undefined;
   let parent = dirname(resolve(path));
-  while ((await stat(parent).catch(() => undefined)) === undefined && parent !== dirname(parent)) parent = dirname(parent);
+  while ((await stat(parent).catch(() => undefined)) === undefined && parent !== dirname(parent))
+    parent = dirname(parent);
   throw new CliError(`there is no such ${what} folder`, {
     where: printable(name),
     fix: `The path exists up to ${parent}. A hub id has no ./ in front and at most one slash.`,
@@ -190,7 +200,9 @@ export async function resolveModel(idOrFolder: string, options: HubOptions = {})
       const shards = await shardNames(join(snapshot.folder, index.path));
       const missing = shards.filter((name) => !files.some((file) => file.path === name));
       if (missing.length > 0) {
-        throw new CliError(`the index of ${idOrFolder} names files that the repository lacks: ${missing.map((name) => quoted(name)).join(', ')}`);
+        throw new CliError(
+          `the index of ${idOrFolder} names files that the repository lacks: ${missing.map((name) => quoted(name)).join(', ')}`,
+        );
       }
       weights = files.filter((file) => shards.includes(file.path));
     }
@@ -207,7 +219,7 @@ export async function resolveModel(idOrFolder: string, options: HubOptions = {})
 
 /** Small files of a model: everything that configuration, tokenizer and generation need. */
 function modelFile(path: string): boolean {
-  return /\.json$/.test(path) || /^(tokenizer\.model|chat_template\.jinja)$/.test(path);
+  return path.endsWith('.json') || /^(tokenizer\.model|chat_template\.jinja)$/.test(path);
 }
 
 async function shardNames(indexPath: string): Promise<string[]> {
@@ -234,24 +246,21 @@ export async function resolveAdapter(idOrFolder: string, options: HubOptions = {
   checkRepoId(idOrFolder, 'adapter');
   const hub = await settings(options);
   return fetchSnapshot(hub, 'model', idOrFolder, async (snapshot) => {
-    const files = snapshot.files.filter((file) => !file.path.includes('/') && (modelFile(file.path) || file.path === 'adapter_model.safetensors'));
+    const files = snapshot.files.filter(
+      (file) => !file.path.includes('/') && (modelFile(file.path) || file.path === 'adapter_model.safetensors'),
+    );
     for (const needed of ['adapter_config.json', 'adapter_model.safetensors']) {
       if (files.some((file) => file.path === needed)) continue;
       const pickled = snapshot.files.some((file) => file.path === 'adapter_model.bin');
-      throw new CliError(`${idOrFolder} has no ${needed}${pickled ? ', only adapter_model.bin, which can run code and is not read' : ''}`, {
-        fix: 'Choose a PEFT adapter that is saved as safetensors.',
-      });
+      throw new CliError(
+        `${idOrFolder} has no ${needed}${pickled ? ', only adapter_model.bin, which can run code and is not read' : ''}`,
+        {
+          fix: 'Choose a PEFT adapter that is saved as safetensors.',
+        },
+      );
     }
     await snapshot.fetch(files);
   });
-}
-
-/** The data files of a set, by split. */
-export interface DatasetFiles {
-  readonly train: readonly string[];
-  readonly validation: readonly string[];
-  readonly test: readonly string[];
-  readonly format: DataFormat;
 }
 
 /**
@@ -296,7 +305,12 @@ export async function resolveDataset(
 }
 
 function mapFiles(files: DatasetFiles, map: (path: string) => string): DatasetFiles {
-  return { train: files.train.map(map), validation: files.validation.map(map), test: files.test.map(map), format: files.format };
+  return {
+    train: files.train.map(map),
+    validation: files.validation.map(map),
+    test: files.test.map(map),
+    format: files.format,
+  };
 }
 
 async function listFolder(folder: string): Promise<string[]> {
@@ -309,164 +323,6 @@ async function listFolder(folder: string): Promise<string[]> {
   }
   return paths.sort();
 }
-
-type Split = 'train' | 'validation' | 'test';
-
-const splitWords: readonly (readonly [Split, RegExp])[] = [
-  ['validation', /(^|[^a-z])(validation|valid|val|dev)([^a-z]|$)/i],
-  ['test', /(^|[^a-z])(test|testing|eval|evaluation)([^a-z]|$)/i],
-  ['train', /(^|[^a-z])(train|training)([^a-z]|$)/i],
-];
-
-/** The split that a file's name says, else the one that its folders say. */
-function splitOf(path: string): Split | undefined {
-  const parts = path.split('/').reverse();
-  for (const part of parts) for (const [split, pattern] of splitWords) if (pattern.test(part)) return split;
-  return undefined;
-}
-
-/** The data files among `paths`, by split. Exported for tests. */
-export function chooseDataFiles(id: string, paths: readonly string[], card: string | undefined, configName: string | undefined): DatasetFiles {
-  const data = paths.filter((path) => isDataFile(path));
-  if (data.length === 0) {
-    throw new CliError(`the data set ${id} has no data files that are read here`, {
-      fix: 'Formats: Parquet, JSON lines, JSON, CSV, TSV.',
-    });
-  }
-  const configs = cardConfigs(card);
-  let splits: Record<Split, string[]>;
-  if (configs.length > 0) {
-    const config =
-      configName === undefined
-        ? configs.length === 1
-          ? configs[0]
-          : configs.find((item) => item.isDefault)
-        : configs.find((item) => item.name === configName);
-    if (config === undefined) {
-      const listed = configs.map((item) => item.name).join(', ');
-      throw new CliError(
-        configName === undefined
-          ? `the data set ${id} has several parts: ${printable(listed)}`
-          : `the data set ${id} has no part ${quoted(configName)}; it has ${printable(listed)}`,
-        { fix: 'Choose one with dataset_config_name.' },
-      );
-    }
-    splits = { train: [], validation: [], test: [] };
-    for (const { split, patterns } of config.files) {
-      const name = splitOf(split) ?? (split === '' ? 'train' : undefined);
-      if (name === undefined) continue;
-      for (const path of data) if (patterns.some((pattern) => globPattern(pattern).test(path))) splits[name].push(path);
-    }
-  } else {
-    const wanted = configName === undefined ? data : data.filter((path) => path.split('/').slice(0, -1).includes(configName));
-    if (wanted.length === 0) {
-      throw new CliError(`the data set ${id} has no folder ${quoted(configName)}`, { fix: `It has ${printable(data.slice(0, 8).join(', '))}.` });
-    }
-    splits = { train: [], validation: [], test: [] };
-    // One format: a set that ships the same rows twice would be read twice.
-    const format = commonest(wanted);
-    const kept = wanted.filter((path) => dataFormat(path) === format);
-    const named = kept.some((path) => splitOf(path) !== undefined);
-    for (const path of kept) {
-      const split = splitOf(path) ?? (named ? undefined : 'train');
-      if (split !== undefined) splits[split].push(path);
-    }
-  }
-  const used = [...splits.train, ...splits.validation, ...splits.test];
-  if (used.length === 0) {
-    throw new CliError(`no file of the data set ${id} belongs to a train, validation or test split`, {
-      fix: `It has ${printable(data.slice(0, 8).join(', '))}. Download one and give it as train_file.`,
-    });
-  }
-  const formats = new Set(used.map((path) => dataFormat(path)));
-  const format = commonest(used);
-  if (formats.size > 1) throw new CliError(`the data set ${id} mixes formats: ${[...formats].join(', ')}`);
-  return { ...splits, format };
-}
-
-function isDataFile(path: string): boolean {
-  const name = basename(path);
-  if (path.split('/').some((part) => part.startsWith('.'))) return false;
-  if (/^(dataset_infos?|dataset_dict|state|config|tokenizer.*|croissant)\.json$/i.test(name)) return false;
-  return dataFormat(path) !== undefined;
-}
-
-function commonest(paths: readonly string[]): DataFormat {
-  const counts = new Map<DataFormat, number>();
-  for (const path of paths) {
-    const format = dataFormat(path);
-    if (format !== undefined) counts.set(format, (counts.get(format) ?? 0) + 1);
-  }
-  let best: DataFormat = 'parquet';
-  let most = 0;
-  for (const format of ['parquet', 'jsonl', 'csv', 'tsv', 'json'] as const) {
-    const number = counts.get(format) ?? 0;
-    if (number > most) {
-      best = format;
-      most = number;
-    }
-  }
-  return best;
-}
-
-interface CardConfig {
-  readonly name: string;
-  readonly isDefault: boolean;
-  readonly files: readonly { readonly split: string; readonly patterns: readonly string[] }[];
-}
-
-/** The `configs` of a data set card's front matter; a card that cannot be read counts as one without. */
-function cardConfigs(card: string | undefined): CardConfig[] {
-  const front = card?.match(/^\uFEFF?---\r?\n([\s\S]{0,200000}?)\r?\n---/)?.[1];
-  if (front === undefined) return [];
-  let value: unknown;
-  try {
-    value = parseYaml(front, { maxAliasCount: 16 });
-  } catch {
-    return [];
-  }
-  const list = field(value, 'configs');
-  if (!Array.isArray(list)) return [];
-  const configs: CardConfig[] = [];
-  for (const item of list) {
-    const name = field(item, 'config_name');
-    const given = field(item, 'data_files');
-    if (typeof name !== 'string' || given === undefined) continue;
-    const folder = field(item, 'data_dir');
-    const prefix = typeof folder === 'string' ? `${folder.replace(/\/+$/, '')}/` : '';
-    const patternsOf = (paths: unknown): string[] =>
-      (Array.isArray(paths) ? paths : [paths]).filter((path) => typeof path === 'string').map((path) => prefix + path);
-    const files: { split: string; patterns: string[] }[] = [];
-    if (typeof given === 'string') files.push({ split: '', patterns: patternsOf(given) });
-    else if (Array.isArray(given)) {
-      for (const entry of given) {
-        if (typeof entry === 'string') files.push({ split: '', patterns: patternsOf(entry) });
-        else files.push({ split: String(field(entry, 'split') ?? ''), patterns: patternsOf(field(entry, 'path')) });
-      }
-    }
-    configs.push({ name, isDefault: field(item, 'default') === true || name === 'default', files });
-  }
-  return configs;
-}
-
-function field(value: unknown, name: string): unknown {
-  return typeof value === 'object' && value !== null && Object.hasOwn(value, name) ? Object.entries(value).find(([key]) => key === name)?.[1] : undefined;
-}
-
-/** A shell pattern as a regular expression: `*` within a folder, `**` across, `?` one character. */
-function globPattern(pattern: string): RegExp {
-  const source = pattern
-    .slice(0, 500)
-    .replace(/^\.\//, '')
-    .replace(/[.+^${}()|[\]\\]/g, '\\$&')
-    .replace(/\*{2,}\/?/g, '\u0000')
-    .replace(/\*/g, '[^/]*')
-    .replace(/\?/g, '[^/]')
-    .replaceAll('\u0000', '.*');
-  return new RegExp(`^${source}$`);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 
 interface Snapshot {
   /** Folder of the cache that holds this commit's files. */
@@ -517,7 +373,12 @@ function guardedFetch(hub: Settings): typeof fetch {
   };
 }
 
-async function fetchSnapshot(hub: Settings, type: RepoType, id: string, fill: (snapshot: Snapshot) => Promise<void>): Promise<string> {
+async function fetchSnapshot(
+  hub: Settings,
+  type: RepoType,
+  id: string,
+  fill: (snapshot: Snapshot) => Promise<void>,
+): Promise<string> {
   const revision = hub.options.revision ?? 'main';
   checkRevision(revision);
   const storage = join(hub.cacheDir, `${type}s--${id.replaceAll('/', '--')}`);
@@ -526,7 +387,9 @@ async function fetchSnapshot(hub: Settings, type: RepoType, id: string, fill: (s
   let commit: string;
   let files: RemoteFile[];
   try {
-    commit = commitPattern.test(revision) ? revision : await withRetries(hub, () => fetchCommit(hub, type, id, revision));
+    commit = commitPattern.test(revision)
+      ? revision
+      : await withRetries(hub, () => fetchCommit(hub, type, id, revision));
     files = await withRetries(hub, () => fetchListing(hub, type, id, commit));
   } catch (error) {
     if (hub.options.signal?.aborted) throw hub.options.signal.reason;
@@ -608,7 +471,8 @@ function checkFileName(path: unknown, id: string): asserts path is string {
     typeof path !== 'string' ||
     path.length > 1000 ||
     isAbsolute(path) ||
-    /[\\:\u0000-\u001f]/.test(path) ||
+    /[\\:]/.test(path) ||
+    Array.from(path).some((character) => character < ' ') ||
     parts.some((part) => part === '' || part === '.' || part === '..');
   if (bad) {
     throw new CliError(`the repository ${id} lists a file whose name leads out of its folder: ${quoted(path)}`, {
@@ -635,7 +499,8 @@ async function fetchFiles(
   }
   await checkRoom(storage, todo);
   for (const file of todo) {
-    const report = (bytes: number): void => hub.options.onProgress?.({ file: file.path, doneBytes: doneBytes + bytes, totalBytes });
+    const report = (bytes: number): void =>
+      hub.options.onProgress?.({ file: file.path, doneBytes: doneBytes + bytes, totalBytes });
     const prefix = type === 'dataset' ? 'datasets/' : '';
     const url = `${hub.endpoint}/${prefix}${id}/resolve/${commit}/${file.path.split('/').map(encodeURIComponent).join('/')}`;
     const blob = join(storage, 'blobs', file.etag);
@@ -661,7 +526,8 @@ async function sizeOf(path: string): Promise<number | undefined> {
 
 async function checkRoom(storage: string, todo: readonly RemoteFile[]): Promise<void> {
   let needed = 0;
-  for (const file of todo) needed += file.size - ((await sizeOf(join(storage, 'blobs', `${file.etag}.incomplete`))) ?? 0);
+  for (const file of todo)
+    needed += file.size - ((await sizeOf(join(storage, 'blobs', `${file.etag}.incomplete`))) ?? 0);
   if (needed < 1e6) return;
   await mkdir(storage, { recursive: true });
   const room = await statfs(storage).then(
@@ -698,7 +564,13 @@ class TransferError extends Error {}
  * request; bytes are written at their own place in the file, so that two processes that fetch the same file write the
  * same bytes and neither harms the other.
  */
-async function download(hub: Settings, url: string, file: RemoteFile, blob: string, report: (bytes: number) => void): Promise<void> {
+async function download(
+  hub: Settings,
+  url: string,
+  file: RemoteFile,
+  blob: string,
+  report: (bytes: number) => void,
+): Promise<void> {
   const incomplete = `${blob}.incomplete`;
   let restarted = false;
   let failures = 0;
@@ -718,11 +590,14 @@ async function download(hub: Settings, url: string, file: RemoteFile, blob: stri
       const after = (await sizeOf(incomplete)) ?? 0;
       failures = after > before ? 0 : failures + 1;
       if (failures >= maxAttempts) {
-        throw new CliError(`the transfer of ${file.path} broke off at ${after} of ${file.size} bytes, ${maxAttempts} times: ${reasonOf(error)}`, {
-          where: url,
-          fix: 'What has arrived is kept: run the same command again to continue.',
-          cause: error,
-        });
+        throw new CliError(
+          `the transfer of ${file.path} broke off at ${after} of ${file.size} bytes, ${maxAttempts} times: ${reasonOf(error)}`,
+          {
+            where: url,
+            fix: 'What has arrived is kept: run the same command again to continue.',
+            cause: error,
+          },
+        );
       }
       await pause(hub, failures, error);
       continue;
@@ -739,10 +614,13 @@ async function download(hub: Settings, url: string, file: RemoteFile, blob: stri
     }
     await rm(incomplete, { force: true });
     if (restarted) {
-      throw new CliError(`${file.path} arrived damaged twice: its ${file.check?.algorithm} is ${found}, not ${file.check?.hex}`, {
-        where: url,
-        fix: 'The server or a proxy between changes the file.',
-      });
+      throw new CliError(
+        `${file.path} arrived damaged twice: its ${file.check?.algorithm} is ${found}, not ${file.check?.hex}`,
+        {
+          where: url,
+          fix: 'The server or a proxy between changes the file.',
+        },
+      );
     }
     restarted = true;
     hub.options.onNote?.(`${file.path} arrived damaged and is fetched again`);
@@ -805,7 +683,8 @@ async function transfer(
     for await (const piece of response.body) {
       if (!(piece instanceof Uint8Array)) throw new TypeError('a stream of bytes was expected');
       timer.refresh();
-      if (at + piece.byteLength > file.size) throw new TransferError(`the server sends more than the ${file.size} bytes that it listed`);
+      if (at + piece.byteLength > file.size)
+        throw new TransferError(`the server sends more than the ${file.size} bytes that it listed`);
       const position = at;
       await onDisk(file.path, () => writeAll(handle, piece, position));
       at += piece.byteLength;
@@ -836,7 +715,7 @@ async function hashOf(path: string, file: RemoteFile): Promise<string | undefine
     hash = createHash('sha1');
     hash.update(`blob ${file.size}\0`);
   }
-  for await (const piece of createReadStream(path, { highWaterMark: 1 << 20 })) hash.update(piece);
+  await pipeline(createReadStream(path, { highWaterMark: 1 << 20 }), hash);
   return hash.digest('hex');
 }
 
@@ -855,12 +734,15 @@ function unreachable(error: unknown): boolean {
   if (error instanceof HubStatusError) return error.status >= 500;
   if (error instanceof CliError) return false;
   if (!(error instanceof Error)) return false;
-  return error.name === 'TimeoutError' || /^(fetch failed|terminated)$/.test(error.message) || causeCode(error) !== undefined;
+  return (
+    error.name === 'TimeoutError' || /^(fetch failed|terminated)$/.test(error.message) || causeCode(error) !== undefined
+  );
 }
 
 function retryable(error: unknown): boolean {
   if (error instanceof TransferError) return true;
-  if (error instanceof HubStatusError) return error.status >= 500 || error.status === 429 || error.status === 408 || error.status === 416;
+  if (error instanceof HubStatusError)
+    return error.status >= 500 || error.status === 429 || error.status === 408 || error.status === 416;
   return unreachable(error);
 }
 
@@ -871,7 +753,8 @@ function reasonOf(error: unknown): string {
 
 async function pause(hub: Settings, failures: number, error: unknown): Promise<void> {
   const first = hub.options.retryDelayMs ?? 1000;
-  const wait = error instanceof HubStatusError && error.retryAfter !== undefined ? error.retryAfter * 1000 : first * 2 ** failures;
+  const wait =
+    error instanceof HubStatusError && error.retryAfter !== undefined ? error.retryAfter * 1000 : first * 2 ** failures;
   await sleep(wait, undefined, hub.options.signal === undefined ? {} : { signal: hub.options.signal });
 }
 
@@ -898,10 +781,13 @@ function explain(error: unknown, hub: Settings, type: RepoType, id: string, revi
   if (error instanceof HubStatusError) {
     const details = { where: id, cause: error };
     if (error.status === 401 && hub.token === undefined) {
-      return new CliError(`${hub.endpoint} answers 401: there is no such ${kind}, or it is private or gated and needs an access token`, {
-        ...details,
-        fix: `Check the spelling; for a gated ${kind} accept its terms at ${page} and set HF_TOKEN.`,
-      });
+      return new CliError(
+        `${hub.endpoint} answers 401: there is no such ${kind}, or it is private or gated and needs an access token`,
+        {
+          ...details,
+          fix: `Check the spelling; for a gated ${kind} accept its terms at ${page} and set HF_TOKEN.`,
+        },
+      );
     }
     if (error.status === 401) {
       return new CliError(`${hub.endpoint} answers 401: the access token is not valid, or there is no such ${kind}`, {
@@ -910,20 +796,28 @@ function explain(error: unknown, hub: Settings, type: RepoType, id: string, revi
       });
     }
     if (error.status === 403) {
-      return new CliError(`${hub.endpoint} answers 403: this ${kind} is gated, and ${hub.token === undefined ? 'no access token was given' : 'the account of this token has no access'}`, {
-        ...details,
-        fix: `Accept the terms at ${page}${hub.token === undefined ? ' and set HF_TOKEN' : ', and see that the token may read gated repositories'}.`,
-      });
+      return new CliError(
+        `${hub.endpoint} answers 403: this ${kind} is gated, and ${hub.token === undefined ? 'no access token was given' : 'the account of this token has no access'}`,
+        {
+          ...details,
+          fix: `Accept the terms at ${page}${hub.token === undefined ? ' and set HF_TOKEN' : ', and see that the token may read gated repositories'}.`,
+        },
+      );
     }
     if (error.status === 404) {
       const noRevision = error.reason === 'RevisionNotFound';
       return new CliError(
-        noRevision ? `${id} has no revision ${quoted(revision)}` : `${hub.endpoint} answers 404: there is no such ${kind}${revision === 'main' ? '' : `, or it has no revision ${quoted(revision)}`}`,
+        noRevision
+          ? `${id} has no revision ${quoted(revision)}`
+          : `${hub.endpoint} answers 404: there is no such ${kind}${revision === 'main' ? '' : `, or it has no revision ${quoted(revision)}`}`,
         { ...details, fix: `Check the spelling; a local folder is written with ./ in front.` },
       );
     }
     if (error.status === 429) {
-      return new CliError(`${hub.endpoint} answers 429: too many requests`, { ...details, fix: 'Wait some minutes; with HF_TOKEN set the limits are higher.' });
+      return new CliError(`${hub.endpoint} answers 429: too many requests`, {
+        ...details,
+        fix: 'Wait some minutes; with HF_TOKEN set the limits are higher.',
+      });
     }
     return new CliError(`${hub.endpoint} answers ${error.message}`, { ...details, fix: 'Try again later.' });
   }
@@ -935,13 +829,22 @@ function explain(error: unknown, hub: Settings, type: RepoType, id: string, revi
     });
   }
   if (error instanceof TypeError || error instanceof Error) {
-    return new CliError(`${hub.endpoint} gave an answer that cannot be read: ${printable(errorMessage(error))}`, { where: id, cause: error });
+    return new CliError(`${hub.endpoint} gave an answer that cannot be read: ${printable(errorMessage(error))}`, {
+      where: id,
+      cause: error,
+    });
   }
   return new CliError(printable(String(error)), { where: id });
 }
 
 /** A snapshot that an earlier run completed, without asking the server. */
-async function cachedSnapshot(hub: Settings, type: RepoType, id: string, storage: string, revision: string): Promise<string> {
+async function cachedSnapshot(
+  hub: Settings,
+  type: RepoType,
+  id: string,
+  storage: string,
+  revision: string,
+): Promise<string> {
   const kind = type === 'model' ? 'model' : 'data set';
   const missing = (what: string): CliError =>
     new CliError(`${what}, and offline mode forbids to fetch it`, {
@@ -967,9 +870,11 @@ async function cachedSnapshot(hub: Settings, type: RepoType, id: string, storage
 
 /** What a cached model or adapter lacks to be used. */
 async function missingFiles(folder: string, files: readonly string[]): Promise<string[]> {
-  if (files.includes('adapter_config.json')) return files.includes('adapter_model.safetensors') ? [] : ['adapter_model.safetensors'];
+  if (files.includes('adapter_config.json'))
+    return files.includes('adapter_model.safetensors') ? [] : ['adapter_model.safetensors'];
   if (!files.includes('config.json')) return ['config.json'];
-  if (!files.includes('model.safetensors.index.json')) return files.includes('model.safetensors') ? [] : ['model.safetensors'];
+  if (!files.includes('model.safetensors.index.json'))
+    return files.includes('model.safetensors') ? [] : ['model.safetensors'];
   const shards = await shardNames(join(folder, 'model.safetensors.index.json'));
   return shards.filter((name) => !files.includes(name));
 }

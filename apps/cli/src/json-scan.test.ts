@@ -13,18 +13,18 @@ function parses(text: string): boolean {
 
 describe('scanJson', () => {
   it('accepts what JSON.parse accepts', () => {
-    fc.assert(fc.property(fc.json(), (text) => scanJson(text) === undefined));
+    fc.assert(fc.property(fc.json(), (text) => void expect(scanJson(text)).toBeUndefined()));
   });
 
   it('agrees with JSON.parse on broken text too', () => {
-    const broken = fc.tuple(fc.json(), fc.nat(), fc.nat(3), fc.constantFrom(',', '"', '}', ']', '\\', '0', 'x', ':', '\n')).map(
-      ([text, at, cut, put]) => {
+    const broken = fc
+      .tuple(fc.json(), fc.nat(), fc.nat(3), fc.constantFrom(',', '"', '}', ']', '\\', '0', 'x', ':', '\n'))
+      .map(([text, at, cut, put]) => {
         const start = at % (text.length + 1);
         return text.slice(0, start) + put + text.slice(start + cut);
-      },
-    );
+      });
     fc.assert(
-      fc.property(broken, (text) => (scanJson(text) === undefined) === parses(text)),
+      fc.property(broken, (text) => void expect(scanJson(text) === undefined).toBe(parses(text))),
       { numRuns: 2000 },
     );
   });

@@ -19,7 +19,8 @@ export interface JsonItem {
 
 const number = /-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?/y;
 const literal = /true|false|null/y;
-const plain = /[^"\\\u0000-\u001f]+/y;
+// All but quotes, backslashes and the control characters below 0x20; those from 0x7f to 0x9f are allowed in strings.
+const plain = /(?:[^"\\\p{Cc}]|[\x7f-\x9f])+/uy;
 const escape = /\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})/y;
 
 function match(pattern: RegExp, text: string, at: number): number {

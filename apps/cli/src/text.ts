@@ -6,7 +6,8 @@
  * @param max longest result in characters; longer text is cut in its middle
  */
 export function printable(text: string, max = 200): string {
-  const shortened = text.length > max ? `${text.slice(0, Math.ceil(max / 2) - 1)}…${text.slice(-Math.floor(max / 2))}` : text;
+  const shortened =
+    text.length > max ? `${text.slice(0, Math.ceil(max / 2) - 1)}…${text.slice(-Math.floor(max / 2))}` : text;
   let out = '';
   for (const character of shortened) {
     const code = character.codePointAt(0) ?? 0;
@@ -58,49 +59,8 @@ export function formatDuration(seconds: number): string {
 export function formatNumber(value: number, digits = 3): string {
   if (!Number.isFinite(value)) return String(value);
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(Math.max(0, digits - 2)).replace('e+', 'e');
+  if (size !== 0 && (size < 1e-3 || size >= 1e7))
+    return value.toExponential(Math.max(0, digits - 2)).replace('e+', 'e');
   if (size >= 1000) return formatCount(value);
   return Number(value.toPrecision(digits)).toString();
-}
-
-/** Number of single-character insertions, deletions, replacements and swaps of neighbours between two words. */
-export function editDistance(a: string, b: string): number {
-  const rows: number[][] = [];
-  for (let i = 0; i <= a.length; i++) {
-    const row: number[] = [];
-    for (let j = 0; j <= b.length; j++) {
-      if (i === 0 || j === 0) {
-        row.push(i + j);
-        continue;
-      }
-      const above = rows[i - 1] ?? [];
-      let best = Math.min((above[j] ?? 0) + 1, (row[j - 1] ?? 0) + 1);
-      best = Math.min(best, (above[j - 1] ?? 0) + (a[i - 1] === b[j - 1] ? 0 : 1));
-      if (i > 1 && j > 1 && a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) {
-        best = Math.min(best, (rows[i - 2]?.[j - 2] ?? 0) + 1);
-      }
-      row.push(best);
-    }
-    rows.push(row);
-  }
-  return rows[a.length]?.[b.length] ?? 0;
-}
-
-/** The candidate that `word` most likely meant, or undefined when none is near. Case, `-` and `_` do not count. */
-export function nearest(word: string, candidates: Iterable<string>): string | undefined {
-  const plain = (text: string): string => text.toLowerCase().replaceAll('-', '_');
-  const wanted = plain(word).slice(0, 100);
-  let found: string | undefined;
-  let best = Number.POSITIVE_INFINITY;
-  for (const candidate of candidates) {
-    const name = plain(candidate);
-    let distance = editDistance(wanted, name);
-    // `max_seq_len` is nearer to `max_seq_length` than the count of letters says.
-    if (wanted.length >= 4 && (name.startsWith(wanted) || wanted.startsWith(name))) distance = Math.min(distance, 1.5);
-    if (distance < best) {
-      best = distance;
-      found = candidate;
-    }
-  }
-  return best <= Math.max(1.5, wanted.length / 3) ? found : undefined;
 }

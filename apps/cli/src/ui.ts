@@ -58,7 +58,7 @@ const colorCodes = new RegExp(`${String.fromCharCode(27)}\\[[0-9;]*m`, 'g');
 
 /** Length of a text on the screen, colour codes left out. */
 export function visibleLength(text: string): number {
-  return [...text.replace(colorCodes, '')].length;
+  return Array.from(text.replace(colorCodes, '')).length;
 }
 
 /** Rows as aligned columns, two spaces apart, without trailing spaces. */
@@ -154,7 +154,8 @@ export class Ui {
         if (share !== undefined) parts.push(`${Math.floor(share * 100)}%`);
         parts.push(total === undefined ? format(done) : `${format(done)} of ${format(total)}`);
         if (detail !== undefined && detail !== '') parts.push(detail);
-        if (share !== undefined && share > 0 && share < 1) parts.push(`eta ${formatDuration(seconds / share - seconds)}`);
+        if (share !== undefined && share > 0 && share < 1)
+          parts.push(`eta ${formatDuration(seconds / share - seconds)}`);
         const text = parts.join('  ');
         if (tty) this.#draw(text);
         else this.#io.stderr.write(`${text}\n`);
@@ -175,7 +176,9 @@ export class Ui {
 
   #draw(text: string): void {
     const columns = Math.max(20, this.#io.stderr.columns ?? 80);
-    const cut = [...text].slice(0, columns - 1).join('');
+    const cut = Array.from(text)
+      .slice(0, columns - 1)
+      .join('');
     this.#bar = cut;
     this.#io.stderr.write(`\r\u001b[K${cut}`);
   }

@@ -5,10 +5,8 @@
 import { randomBytes } from 'node:crypto';
 import { mkdir, open, readdir, rename, rm, stat, unlink } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
+import { writeFileAtomic as writeWhole } from '@lorikeet/tensor/node';
 import { errorCode, fileError } from './errors.js';
-
-/** What can be written: text, bytes, or bytes that come piece by piece. */
-export type WriteData = string | Uint8Array | AsyncIterable<Uint8Array> | Iterable<Uint8Array>;
 
 function beside(path: string): string {
   return join(dirname(path), `.${basename(path)}.${process.pid}-${randomBytes(4).toString('hex')}.tmp`);
@@ -30,25 +28,13 @@ async function syncFolder(folder: string): Promise<void> {
 
 /**
  * Writes a file whole or not at all; folders above it are made.
- * @throws {@link CliError} naming the path; what was there before is then untouched
+ * @throws CliError naming the path; what was there before is then untouched
  */
-export async function writeFileAtomic(path: string, data: WriteData): Promise<void> {
-  const temporary = beside(path);
+export async function writeFileAtomic(path: string, data: string | Uint8Array): Promise<void> {
   try {
     await mkdir(dirname(path), { recursive: true });
-    const handle = await open(temporary, 'wx');
-    try {
-      if (typeof data === 'string') await handle.writeFile(data, 'utf8');
-      else if (data instanceof Uint8Array) await handle.writeFile(data);
-      else for await (const piece of data) await handle.writeFile(piece);
-      await handle.sync();
-    } finally {
-      await handle.close();
-    }
-    await rename(temporary, path);
-    await syncFolder(dirname(path));
+    await writeWhole(path, data);
   } catch (error) {
-    await rm(temporary, { force: true });
     throw fileError(error, path, 'cannot write');
   }
 }

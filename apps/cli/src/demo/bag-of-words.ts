@@ -37,7 +37,11 @@ interface Row {
  * `ln((1 + n) / (1 + df)) + 1`), rows have length 1, and each class has an unpenalised bias.
  * Throws a RangeError when `texts` and `labels` differ in length or there are fewer than two classes.
  */
-export function trainBagOfWords(texts: readonly string[], labels: readonly string[], options: BagOfWordsOptions = {}): BagOfWords {
+export function trainBagOfWords(
+  texts: readonly string[],
+  labels: readonly string[],
+  options: BagOfWordsOptions = {},
+): BagOfWords {
   if (texts.length !== labels.length) {
     throw new RangeError(`bag of words: ${texts.length} texts but ${labels.length} labels`);
   }
@@ -77,7 +81,8 @@ export function trainBagOfWords(texts: readonly string[], labels: readonly strin
     for (let j = 0; j < k; j++) scores[j] = w[bias + j] as number;
     for (let i = 0; i < row.at.length; i++) {
       const from = (row.at[i] as number) * k;
-      for (let j = 0; j < k; j++) scores[j] = (scores[j] as number) + (row.weight[i] as number) * (w[from + j] as number);
+      for (let j = 0; j < k; j++)
+        scores[j] = (scores[j] as number) + (row.weight[i] as number) * (w[from + j] as number);
     }
   };
   /** Mean loss with the penalty; fills `gradient`. */

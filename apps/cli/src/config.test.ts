@@ -1,0 +1,283 @@
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import { type Config, dumpConfig, loadConfig, type ResolvedConfig, resolveConfig } from './config.js';
+import { UsageError } from './errors.js';
+
+const resolve = (text: string, overrides: string[] = []): ResolvedConfig =>
+  resolveConfig({ file: { path: 'run.yaml', text }, overrides });
+
+function mistake(text: string, overrides: string[] = []): string {
+  try {
+    resolve(text, overrides);
+  } catch (error) {
+    if (error instanceof UsageError) return error.message;
+    throw error;
+  }
+  throw new Error('it was accepted');
+}
+
+/** The recipe that the walk-through of this project starts from. */
+const recipe = `
+model_name_or_path: org/model   # a hub id
+dataset_name: FinGPT/fingpt-sentiment-train
+lora:
+  r: 16
+  lora_alpha: 32
+  lora_dropout: 0.1
+  target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 8
+num_train_epochs: 1
+learning_rate: 1e-4
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+max_grad_norm: 1.0
+gradient_checkpointing: true
+fp16: true
+special_tokens:
+  eos_token: <|im_end|>
+  pad_token: <pad>
+  additional_special_tokens: [<response>, <response|end>]
+response_template: <response>
+evaluation_strategy: steps
+eval_steps: 1000
+logging_steps: 5
+`;
+
+describe('resolveConfig', () => {
+  it('reads the recipe', () => {
+    const { config, notes } = resolve(recipe);
+    expect(config).toMatchObject({
+      model_name_or_path: 'org/model',
+      lora: { r: 16, lora_alpha: 32, lora_dropout: 0.1, bias: 'none', use_rslora: false },
+      learning_rate: 1e-4,
+      lr_scheduler_type: 'cosine',
+      eval_strategy: 'steps',
+      eval_steps: 1000,
+      fp16: true,
+      special_tokens: { eos_token: '<|im_end|>', additional_special_tokens: ['<response>', '<response|end>'] },
+      validation_split: 0.1,
+      overlong: 'error',
+    });
+    expect(notes).toEqual(['evaluation_strategy is read as eval_strategy']);
+  });
+
+  it('has the defaults of Hugging Face', () => {
+    expect(resolveConfig({}).config).toMatchObject({
+      lora: { r: 8, lora_alpha: 8, lora_dropout: 0, target_modules: null, bias: 'none', init_lora_weights: true },
+      per_device_train_batch_size: 8,
+      gradient_accumulation_steps: 1,
+      num_train_epochs: 3,
+      max_steps: -1,
+      learning_rate: 5e-5,
+      lr_scheduler_type: 'linear',
+      weight_decay: 0,
+      adam_beta1: 0.9,
+      adam_beta2: 0.999,
+      adam_epsilon: 1e-8,
+      max_grad_norm: 1,
+      max_length: 1024,
+      seed: 42,
+      report_to: ['jsonl'],
+    });
+  });
+
+  it('an empty file is one without keys', () => expect(resolve('# nothing').config).toEqual(resolveConfig({}).config));
+
+  it.each([
+    ['model: a', 'model_name_or_path', 'a'],
+    ['base_model: a', 'model_name_or_path', 'a'],
+    ['max_seq_length: 64', 'max_length', 64],
+    ['cutoff_len: 64', 'max_length', 64],
+    ['batch_size: 2', 'per_device_train_batch_size', 2],
+    ['micro_batch_size: 2', 'per_device_train_batch_size', 2],
+    ['epochs: 2', 'num_train_epochs', 2],
+    ['torch_dtype: torch.float16', 'dtype', 'float16'],
+    ['evaluation_strategy: no', 'eval_strategy', 'no'],
+    ['report_to: none', 'report_to', []],
+    ['report_to: jsonl', 'report_to', ['jsonl']],
+    ['warmup_steps: 0.1', 'warmup_steps', 0.1],
+    ['num_train_epochs: 0.5', 'num_train_epochs', 0.5],
+    ['seed:', 'seed', 42],
+    ['train_file: [a.jsonl, b.jsonl]', 'train_file', ['a.jsonl', 'b.jsonl']],
+  ])('%s', (text, key, value) => {
+    const { config } = resolve(text);
+    expect(Object.entries(config).find(([name]) => name === key)?.[1]).toEqual(value);
+  });
+
+  it('overrides on the command line win, dotted or as a map, in YAML', () => {
+    const { config, given } = resolve('learning_rate: 1\nlora: {r: 4, lora_alpha: 16}', [
+      'lora.r=32',
+      'lora={lora_dropout: 0.5}',
+      'lora.target_modules=[q_proj, v_proj]',
+      'epochs=2',
+      'special_tokens.pad_token=<pad>',
+      'prompt_template={instruction}\\n{input} = {output}',
+      'learning_rate=',
+      'run_name=12',
+      'response_template="a\\nb"',
+      'output_dir=a: b',
+    ]);
+    expect(config.lora).toMatchObject({
+      r: 32,
+      lora_alpha: 16,
+      lora_dropout: 0.5,
+      target_modules: ['q_proj', 'v_proj'],
+    });
+    expect(config.num_train_epochs).toBe(2);
+    expect(config.special_tokens.pad_token).toBe('<pad>');
+    expect(config.prompt_template).toBe('{instruction}\\n{input} = {output}');
+    expect(config.learning_rate).toBe(5e-5);
+    expect(config).toMatchObject({ run_name: '12', response_template: 'a\nb', output_dir: 'a: b' });
+    expect(given.has('lora.r')).toBe(true);
+    expect(given.has('seed')).toBe(false);
+  });
+
+  it('flags win over everything, and absent ones do not count', () => {
+    const file = { path: 'run.yaml', text: 'dtype: float16\nrevision: v1' };
+    expect(resolveConfig({ file, flags: { dtype: 'float32', revision: undefined } }).config).toMatchObject({
+      dtype: 'float32',
+      revision: 'v1',
+    });
+  });
+
+  it.each([
+    ['learning_rat: 1', /run\.yaml:1: unknown key "learning_rat"; did you mean learning_rate\?/],
+    ['a: 1\nmax_seq_len: 1', /run\.yaml:2: unknown key "max_seq_len"; did you mean max_seq_length\?/],
+    ['rank: 8', /did you mean lora\.r\?/],
+    ['lora_alpha: 8', /did you mean lora\.lora_alpha\?/],
+    ['use_rslora: true', /did you mean lora\.use_rslora\?/],
+    ['lora:\n  alpha: 8', /run\.yaml:2: unknown key "lora\.alpha"; did you mean lora\.lora_alpha\?/],
+    ['lora: {lora_droput: 0.1}', /did you mean lora\.lora_dropout\?/],
+    ['special_tokens: {eos: x}', /did you mean special_tokens\.eos_token\?/],
+    ['hub_token: x', /unknown key "hub_token"; a run file holds no credentials: set HF_TOKEN/],
+    ['zzzzqqqq: 1', /unknown key "zzzzqqqq"; `lorikeet train --help`/],
+    ['"__proto__": 1', /unknown key "__proto__"/],
+    ['constructor: 1', /unknown key "constructor"/],
+    ['lora.r: 8', /unknown key|lora/],
+  ])('%s', (text, pattern) => {
+    if (text === 'lora.r: 8') expect(resolve(text).config.lora.r).toBe(8);
+    else expect(mistake(text)).toMatch(pattern);
+  });
+
+  it.each([
+    ['learning_rate: fast', /run\.yaml:1: learning_rate must be a number above 0, not "fast"/],
+    ['learning_rate: "1e-4"', /not "1e-4" \(a text: remove the quotes\)/],
+    ['learning_rate: -1', /must be a number above 0, not -1/],
+    ['learning_rate: .nan', /learning_rate must be/],
+    ['run_name: 12', /run_name must be a text, not 12 \(a number: put it in quotes\)/],
+    ['seed: 1.5', /seed must be a whole number/],
+    ['lora:\n  r: 0', /run\.yaml:2: lora\.r must be a whole number, 1 or more, not 0/],
+    ['lora: {r: eight}', /lora\.r must be a whole number, 1 or more, not "eight"/],
+    ['lora: 8', /lora must be a map with the keys of adapter_config\.json, not 8/],
+    ['lora: false', /training without an adapter is not supported yet/],
+    ['fp16: yes', /fp16 must be true or false, not "yes" \(YAML 1\.2 writes true and false\)/],
+    ['lora: {target_modules: []}', /lora\.target_modules must be a list of module names/],
+    ['dtype: bfloat16', /WebGPU has no bfloat16; bfloat16 checkpoints are converted/],
+    ['validation_split: 1', /from 0 to below 1, not 1/],
+    ['eval_steps: 1.5', /eval_steps must be/],
+    ['output_dir: ""', /output_dir must be a folder, not ""/],
+    ['overlong: cut', /error, drop or truncate_prompt/],
+    ['max_steps: 0', /-1 for "by epochs"/],
+    ['trust_remote_code: true', /trust_remote_code: true is refused/],
+    ['epochs: 1\nnum_train_epochs: 2', /run\.yaml:2: num_train_epochs and epochs are the same key; keep one/],
+    ['fp16: true\ndtype: float32', /contradict each other/],
+    ['train_file: a\ndataset_name: b', /train_file and dataset_name are both set/],
+    ['warmup_ratio: 0.1\nwarmup_steps: 5', /warmup_ratio and warmup_steps are both set/],
+    ['validation_file: a\nvalidation_split: 0.2', /validation_split and validation_file are both set/],
+    ['eval_strategy: steps\nvalidation_split: 0\ntrain_file: a', /eval_strategy: steps needs validation data/],
+  ])('%s', (text, pattern) => expect(mistake(text)).toMatch(pattern));
+
+  it.each([
+    'packing: true',
+    'load_in_4bit: true',
+    'bnb_4bit_quant_type: nf4',
+    'early_stopping_patience: 3',
+    'load_best_model_at_end: true',
+    'metric_for_best_model: loss',
+    'neftune_noise_alpha: 5',
+    'group_by_length: true',
+    'resume_from_checkpoint: out/checkpoint-5',
+    'eval_delay: 10',
+    'report_to: [jsonl, wandb]',
+    'report_to: tensorboard',
+    'lr_scheduler_type: polynomial',
+    'save_strategy: best',
+    'bf16: true',
+    'lora: {use_dora: true}',
+    'lora: {init_lora_weights: pissa_niter_4}',
+    'lora: {modules_to_save: [lm_head]}',
+    'lora: {loftq_config: {loftq_bits: 4}}',
+  ])('%s is refused as not supported yet', (text) => expect(mistake(text)).toMatch(/not supported yet/));
+
+  it('takes inactive values of the same keys, such as those of adapter_config.json', () => {
+    const { notes } = resolve(`
+packing: false
+load_in_4bit: false
+neftune_noise_alpha: null
+early_stopping_patience: 0
+trust_remote_code: false
+device_map: auto
+attn_implementation: flash_attention_2
+gradient_checkpointing_kwargs: {use_reentrant: false}
+lora: {task_type: CAUSAL_LM, use_dora: false, loftq_config: {}, megatron_core: megatron.core, modules_to_save: null, inference_mode: true}
+`);
+    expect(notes).toContain('attn_implementation changes nothing here: flash attention is always on');
+    expect(notes).toContain(
+      'device_map changes nothing here: the whole model runs on one adapter; `device` chooses it',
+    );
+    expect(notes).toHaveLength(6);
+  });
+
+  it('lists all mistakes at once', () => {
+    const text = mistake('learning_rat: 1\nseed: x\nlora: {r: 0}', ['foo=1', 'epochs=zero']);
+    expect(text).toMatch(/^the run has 5 mistakes:\n/);
+    expect(text).toContain('on the command line: num_train_epochs must be a number above 0, not "zero"');
+  });
+
+  it.each([
+    ['a: [1', /run\.yaml:1:\d+: not valid YAML/],
+    ['seed: 1\nseed: 2', /run\.yaml:2:1: not valid YAML: Map keys must be unique/],
+    ['- 1', /holds keys and values, not \[1\]/],
+    ['just words', /holds keys and values, not "just words"/],
+    ['seed: *x', /run\.yaml(:\d+:\d+)?: .*alias/i],
+  ])('%s', (text, pattern) => expect(mistake(text)).toMatch(pattern));
+
+  it('a bomb of aliases does not go off', () => {
+    let text = 'a0: &a0 [x, x, x, x, x, x, x, x, x]\n';
+    for (let i = 1; i < 9; i++) text += `a${i}: &a${i} [${Array.from({ length: 9 }, () => `*a${i - 1}`).join(', ')}]\n`;
+    const start = performance.now();
+    expect(mistake(text)).toMatch(/the aliases \(\*name\) cannot be resolved/);
+    expect(performance.now() - start).toBeLessThan(2000);
+  });
+
+  it.each(['nothing', '=1', 'a b=1', '--x=1'])('%j is no override', (override) => {
+    expect(mistake('', [override])).toMatch(/is not of the form key=value/);
+  });
+
+  it('is a usage error with exit code 2, and a missing file says so', async () => {
+    expect(() => resolve('x: 1')).toThrow(expect.objectContaining({ exitCode: 2 }));
+    await expect(loadConfig('missing/run.yaml')).rejects.toThrow(
+      'missing/run.yaml: cannot read the run file: there is no such file or folder',
+    );
+  });
+});
+
+describe('dumpConfig', () => {
+  it('writes what resolves to the same again', () => {
+    const { config } = resolve(recipe);
+    expect(resolve(dumpConfig(config)).config).toEqual(config);
+    expect(resolve(dumpConfig(resolveConfig({}).config)).config).toEqual(resolveConfig({}).config);
+    expect(resolve(dumpConfig(resolve('report_to: none').config)).config.report_to).toEqual([]);
+  });
+
+  it('survives any text in it', () => {
+    fc.assert(
+      fc.property(fc.string({ minLength: 1, unit: 'binary' }), (text) => {
+        const before: Config = { ...resolveConfig({}).config, prompt_template: text };
+        expect(resolve(dumpConfig(before)).config).toEqual(before);
+      }),
+      { numRuns: 30 },
+    );
+  });
+});
