@@ -1,1 +1,3 @@
-export {};
+export * from './format.js';
+export { compileNamePattern } from './name-pattern.js';
+export * from './targets.js';

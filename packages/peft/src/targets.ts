@@ -1,0 +1,213 @@
+/**
+ * Which modules of a model get an adapter, by the rules of PEFT: exclusion first, then names, name endings, a pattern,
+ * `all-linear` or the model's default; ranks and alphas of single modules by pattern.
+ */
+import { nearestNames } from '@lorikeet/tensor';
+import { adapterKey, AdapterError } from './format.js';
+import type { LoraConfig } from './format.js';
+import { compileNamePattern } from './name-pattern.js';
+
+/** A module as target matching sees it. */
+export interface ModuleInfo {
+  /** Dotted path in the base model, such as `model.layers.0.self_attn.q_proj`. */
+  readonly path: string;
+  readonly kind: 'linear' | 'embedding' | 'other';
+}
+
+/** A module that gets an adapter. */
+export interface Target {
+  readonly path: string;
+  readonly kind: 'linear' | 'embedding';
+  readonly r: number;
+  readonly alpha: number;
+  /** Factor on B A x: alpha / r, or alpha / sqrt(r) with use_rslora. */
+  readonly scaling: number;
+}
+
+/** What is known of the base model. */
+export interface TargetOptions {
+  /** `model_type` of its config; decides the default targets. `mistral` unless told. */
+  readonly modelType?: string;
+  /** Path of the output head, which `all-linear` leaves out. `lm_head` unless told. */
+  readonly outputHead?: string;
+}
+
+/** Targets where `target_modules` is null. */
+const defaultTargets: ReadonlyMap<string, readonly string[]> = new Map([
+  ['mistral', ['q_proj', 'v_proj']],
+  ['llama', ['q_proj', 'v_proj']],
+]);
+
+/**
+ * The modules that a configuration targets, in the order given.
+ *
+ * @throws AdapterError where none matches (with the nearest names), where a match is no linear or embedding module, or
+ *   where there is no default for the model; FormatError for a pattern that is broken or not supported
+ */
+export function matchTargets(config: LoraConfig, modules: Iterable<ModuleInfo>, options: TargetOptions = {}): Target[] {
+  const all = [...modules];
+  const isTarget = targetTest(config, options);
+  const matched = all.filter(isTarget);
+  if (matched.length === 0) throw noTargets(config, all, options);
+  const rankOf = patternValue(config.rank_pattern, config.r, 'rank_pattern');
+  const alphaOf = patternValue(config.alpha_pattern, config.lora_alpha, 'alpha_pattern');
+  const targets: Target[] = [];
+  const wrong: string[] = [];
+  for (const { path, kind } of matched) {
+    if (kind === 'other') wrong.push(path);
+    else {
+      const r = rankOf(path);
+      const alpha = alphaOf(path);
+      targets.push({ path, kind, r, alpha, scaling: scalingOf(config, r, alpha) });
+    }
+  }
+  if (wrong.length > 0) {
+    throw new AdapterError(
+      `target_modules ${shown(config.target_modules)} matches ${wrong.length} modules that are neither linear nor embedding: ` +
+        `${wrong.slice(0, 5).join(', ')}${wrong.length > 5 ? ', …' : ''}; name the layers inside them`,
+    );
+  }
+  return targets;
+}
+
+/** Factor on B A x for one module. */
+export function scalingOf(config: Pick<LoraConfig, 'use_rslora'>, r: number, alpha: number): number {
+  return alpha / (config.use_rslora ? Math.sqrt(r) : r);
+}
+
+/** Entries of a `target_modules` list that match no module: mistyped names that PEFT passes over in silence. */
+export function unmatchedTargets(config: LoraConfig, modules: Iterable<ModuleInfo>): string[] {
+  const { target_modules: targets } = config;
+  if (targets === null || typeof targets === 'string') return [];
+  const paths = [...modules].map(({ path }) => path);
+  return targets.filter((entry) => !paths.some((path) => endsWithName(path, entry)));
+}
+
+/** True for a module that `modules_to_save` names, itself or a part of its path; such modules are never targets. */
+export function isSavedWhole(config: LoraConfig, path: string): boolean {
+  return (config.modules_to_save ?? []).some((entry) => `.${path}.`.includes(`.${entry}.`));
+}
+
+function targetTest(config: LoraConfig, options: TargetOptions): (module: ModuleInfo) => boolean {
+  const excluded = namesTest(config.exclude_modules ?? [], 'exclude_modules');
+  const included = inclusionTest(config, options);
+  return (module) => !excluded(module.path) && !isSavedWhole(config, module.path) && included(module);
+}
+
+function inclusionTest(config: LoraConfig, options: TargetOptions): (module: ModuleInfo) => boolean {
+  const targets = config.target_modules ?? defaultsFor(options.modelType ?? 'mistral');
+  if (typeof targets === 'string') {
+    if (targets.toLowerCase() === 'all-linear') {
+      const head = options.outputHead ?? 'lm_head';
+      return ({ path, kind }) => kind === 'linear' && path !== head;
+    }
+    const matches = compileNamePattern(targets, 'target_modules');
+    return ({ path }) => matches(path);
+  }
+  const inLayer = layerTest(config);
+  // As in PEFT, a module named in full is taken whatever its layer; the layer list narrows name endings only.
+  return ({ path }) => targets.includes(path) || (targets.some((entry) => endsWithName(path, entry)) && inLayer(path));
+}
+
+function defaultsFor(modelType: string): readonly string[] {
+  const targets = defaultTargets.get(modelType);
+  if (targets === undefined) {
+    throw new AdapterError(
+      `target_modules is null, and there is no default for model_type "${modelType}"; name the modules`,
+    );
+  }
+  return targets;
+}
+
+function endsWithName(path: string, entry: string): boolean {
+  return path === entry || path.endsWith(`.${entry}`);
+}
+
+function namesTest(names: string | readonly string[], where: string): (path: string) => boolean {
+  if (typeof names === 'string') return names === '' ? () => false : compileNamePattern(names, where);
+  return (path) => names.some((entry) => endsWithName(path, entry));
+}
+
+/**
+ * The layer of a module is the last number in its path that stands between dots with two names before it, or with a
+ * name of `layers_pattern` right before it.
+ */
+function layerTest(config: LoraConfig): (path: string) => boolean {
+  const { layers_to_transform: layers, layers_pattern: pattern } = config;
+  const wanted = layers === null ? [] : typeof layers === 'number' ? [layers] : layers;
+  if (wanted.length === 0) return () => true;
+  const patterns = pattern === null ? [] : typeof pattern === 'string' ? [pattern] : pattern;
+  const named = patterns.filter((p) => p !== '').map((p) => compileNamePattern(`.*\\.(?:${p})`, 'layers_pattern'));
+  const before = named.length === 0 ? [(path: string): boolean => path.includes('.')] : named;
+  return (path) => {
+    const parts = path.split('.');
+    for (const test of before) {
+      for (let i = parts.length - 2; i > 0; i--) {
+        if (/^\d+$/.test(parts[i]) && test(parts.slice(0, i).join('.'))) return wanted.includes(Number(parts[i]));
+      }
+    }
+    return false;
+  };
+}
+
+/** Value for a module: that of the first pattern which matches the end of its path (from a dot or the start). */
+function patternValue(
+  patterns: Readonly<Record<string, number>>,
+  fallback: number,
+  where: string,
+): (path: string) => number {
+  const tests = Object.entries(patterns).map(([pattern, value]): [(path: string) => boolean, number] => {
+    // Compiled alone first, so that a message quotes the pattern as it stands in the file.
+    compileNamePattern(pattern, where);
+    return [compileNamePattern(`(?:.*\\.)?(?:${pattern})`, where), value];
+  });
+  return (path) => tests.find(([matches]) => matches(path))?.[1] ?? fallback;
+}
+
+function noTargets(config: LoraConfig, modules: readonly ModuleInfo[], options: TargetOptions): AdapterError {
+  const usable = modules.filter(({ kind }) => kind !== 'other');
+  const endings = new Set(usable.map(({ path }) => path.slice(path.lastIndexOf('.') + 1)));
+  const targets = config.target_modules ?? defaultTargets.get(options.modelType ?? 'mistral') ?? [];
+  const wanted = typeof targets === 'string' ? [targets] : targets;
+  const near = [...new Set(wanted.flatMap((entry) => nearestNames(entry, endings, 2)))];
+  const narrowed = [
+    ...(config.exclude_modules === null || config.exclude_modules.length === 0 ? [] : ['exclude_modules']),
+    ...(config.layers_to_transform === null ? [] : ['layers_to_transform']),
+    ...(config.modules_to_save === null ? [] : ['modules_to_save']),
+  ];
+  const hints = [
+    near.length > 0
+      ? `nearest: ${near.join(', ')}`
+      : `the model has ${[...endings].sort().join(', ') || 'no linear modules'}`,
+    ...(narrowed.length > 0 ? [`${narrowed.join(', ')} narrow the choice`] : []),
+  ];
+  return new AdapterError(`target_modules ${shown(config.target_modules)} matches no module; ${hints.join('; ')}`);
+}
+
+function shown(targets: LoraConfig['target_modules']): string {
+  return targets === null ? 'null (the default)' : JSON.stringify(targets);
+}
+
+/**
+ * The tensors that an adapter file must hold for these targets, by name, with their shapes.
+ *
+ * @param weightShape the shape of a base weight by module path: [out, in] of a linear, [V, D] of an embedding
+ * @param more modules saved whole, and how many rows of which modules are saved
+ */
+export function expectedAdapterTensors(
+  targets: readonly Target[],
+  weightShape: (path: string) => readonly number[],
+  more: { savedModules?: readonly string[]; tokenRows?: ReadonlyMap<string, number> } = {},
+): Map<string, readonly number[]> {
+  const expected = new Map<string, readonly number[]>();
+  for (const { path, kind, r } of targets) {
+    const [rows, columns] = weightShape(path);
+    const embedding = kind === 'embedding';
+    expected.set(adapterKey(path, embedding ? 'loraEmbeddingA' : 'loraA'), [r, embedding ? rows : columns]);
+    expected.set(adapterKey(path, embedding ? 'loraEmbeddingB' : 'loraB'), [embedding ? columns : rows, r]);
+  }
+  for (const path of more.savedModules ?? []) expected.set(adapterKey(path, 'weight'), weightShape(path));
+  for (const [path, rows] of more.tokenRows ?? [])
+    expected.set(adapterKey(path, 'tokenRows'), [rows, weightShape(path)[1]]);
+  return expected;
+}
