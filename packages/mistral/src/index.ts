@@ -32,3 +32,6 @@ export {
 } from './tokenizer.js';
 export type { JsonObject } from './json-values.js';
 export * from './config.js';
+export { KvCache, LayerCache } from './cache.js';
+export { type LoadOptions, loadMistral } from './load.js';
+export { Attention, Block, type BlockContext, type HiddenOptions, Mistral, MistralModel, Mlp } from './model.js';

@@ -65,3 +65,6 @@ export { softmax, softmaxOp } from './ops/softmax.js';
 export { sum, sumOp } from './ops/sum.js';
 export { swiglu, swigluOp } from './ops/swiglu.js';
 export { transpose, transposeOp } from './ops/transpose.js';
+export { attention, attentionOp, type AttentionOptions } from './ops/attention.js';
+export { rope, ropeOp, type RopeOptions } from './ops/rope.js';
+export { type ConversionReport, loadTensor } from './convert.js';

@@ -2,7 +2,7 @@
  * Rows on their way to the device: where a row came from, what is wrong with it, which part of the data it belongs to, in which
  * order an epoch visits it, and how tokenised rows become one padded batch. Nothing here knows templates or tokenizers.
  */
-import { checkSeed, Random, randomStreams } from './random.js';
+import { checkSeed, Random, randomStreams } from '@lorikeet/nn';
 
 /** Where a row was read. */
 export interface RowSource {
