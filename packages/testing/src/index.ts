@@ -1,1 +1,9 @@
-export {};
+/**
+ * What test suites share: a device, float64 arithmetic, `checkOp`, and the golden data where it is there.
+ * @packageDocumentation
+ */
+export * from './check-op.js';
+export * from './device.js';
+export * from './float64.js';
+export * from './golden.js';
+export { checkpoint, gradcheck, valueAndGrad } from '@lorikeet/autograd';

@@ -14,7 +14,7 @@ export const addOp: Op<undefined> = defineOp<undefined>({
     runElementwise(kernel, { a, b }, out);
     return { outputs: [out] };
   },
-  vjp: ({ dys: [dy] }) => [dy, dy],
+  vjp: ({ dys: [dy], needs }) => [needs[0] ? dy : undefined, needs[1] ? dy : undefined],
 });
 
 /** a + b, elementwise. a, b: [...] of one dtype -> [...]. */

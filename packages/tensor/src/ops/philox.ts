@@ -40,16 +40,21 @@ fn kernel(group: u32, lane: u32) {
 }`,
 });
 
+/** High half of a 64-bit product: partial products of 16 by 32 bits are exact in doubles. */
+function mulHigh(a: number, b: number): number {
+  return Math.floor(((a >>> 16) * b + Math.floor(((a & 0xffff) * b) / 65536)) / 65536);
+}
+
 /** Philox4x32-10 on the host. Counter of 4 words, key of 2 words -> 4 words. */
 export function philox(counter: readonly number[], key: readonly number[]): [number, number, number, number] {
   let [c0, c1, c2, c3] = counter.map((v) => v >>> 0);
   let [k0, k1] = key.map((v) => v >>> 0);
   for (let round = 0; round < 10; round++) {
-    const p0 = BigInt(c0) * 0xd2511f53n;
-    const p1 = BigInt(c2) * 0xcd9e8d57n;
-    const low = (p: bigint): number => Number(p & 0xffffffffn);
-    const high = (p: bigint): number => Number(p >> 32n);
-    [c0, c1, c2, c3] = [(high(p1) ^ c1 ^ k0) >>> 0, low(p1), (high(p0) ^ c3 ^ k1) >>> 0, low(p0)];
+    const high0 = mulHigh(0xd2511f53, c0);
+    const low0 = Math.imul(0xd2511f53, c0) >>> 0;
+    const high1 = mulHigh(0xcd9e8d57, c2);
+    const low1 = Math.imul(0xcd9e8d57, c2) >>> 0;
+    [c0, c1, c2, c3] = [(high1 ^ c1 ^ k0) >>> 0, low1, (high0 ^ c3 ^ k1) >>> 0, low0];
     k0 = (k0 + 0x9e3779b9) >>> 0;
     k1 = (k1 + 0xbb67ae85) >>> 0;
   }
