@@ -108,14 +108,18 @@ export async function createFile(path: string): Promise<ByteSink> {
   };
 }
 
-/** Makes a rename durable. Windows has no sync of folders; there the rename stands on its own. */
+/** Makes a rename durable where that can be done: Windows and some network file systems cannot sync a folder. */
 async function syncFolder(path: string): Promise<void> {
-  if (process.platform === 'win32') return;
-  const handle = await open(path, 'r');
   try {
-    await handle.sync();
-  } finally {
-    await handle.close();
+    const handle = await open(path, 'r');
+    try {
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+  } catch (error) {
+    const code = error instanceof Error && 'code' in error ? error.code : undefined;
+    if (!['EISDIR', 'EPERM', 'EACCES', 'EINVAL', 'ENOTSUP', 'EBADF'].includes(String(code))) throw error;
   }
 }
 
