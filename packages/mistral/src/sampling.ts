@@ -360,11 +360,11 @@ function ascending(scores: Float32Array): Uint32Array {
     // -0 and 0 are equal, so their bits must be too.
     const raw = scores[i] === 0 ? 0 : (bits[i] ?? 0);
     const ordered = raw >= 0x80000000 ? 0xffffffff - raw : raw + 0x80000000;
-    keys[count++] = ordered * slots + i;
+    keys[count++] = ordered * slots + (slots - 1 - i);
   }
   const sorted = keys.subarray(0, count).sort();
   const ids = new Uint32Array(count);
-  for (let i = 0; i < count; i++) ids[i] = (sorted[i] ?? 0) % slots;
+  for (let i = 0; i < count; i++) ids[i] = slots - 1 - ((sorted[i] ?? 0) % slots);
   return ids;
 }
 
