@@ -65,23 +65,21 @@ function duplicateKey(text: string): string | undefined {
   // In valid JSON a string is a key exactly when a colon follows, so no grammar is needed: only nesting and strings.
   const seen: (Set<string> | undefined)[] = [];
   const path: string[] = [];
-  let i = 0;
-  while (i < text.length) {
-    const c = text[i];
-    if (c === '{' || c === '[') {
-      seen.push(c === '{' ? new Set() : undefined);
+  for (let i = 0; i < text.length; i++) {
+    const c = text.charCodeAt(i);
+    if (c === openBrace || c === openBracket) {
+      seen.push(c === openBrace ? new Set() : undefined);
       path.push('');
-    } else if (c === '}' || c === ']') {
+    } else if (c === closeBrace || c === closeBracket) {
       seen.pop();
       path.pop();
-    } else if (c === '"') {
+    } else if (c === quote) {
       const start = i;
-      i++;
-      while (text[i] !== '"') i += text[i] === '\\' ? 2 : 1;
+      for (i++; text.charCodeAt(i) !== quote; i++) if (text.charCodeAt(i) === backslash) i++;
       let after = i + 1;
-      while (' \t\n\r'.includes(text[after] ?? '.')) after++;
+      while (isBlank(text.charCodeAt(after))) after++;
       const keys = seen.at(-1);
-      if (text[after] === ':' && keys !== undefined) {
+      if (text.charCodeAt(after) === colon && keys !== undefined) {
         const literal = parseRaw(text.slice(start, i + 1));
         const key = typeof literal === 'string' ? literal : '';
         path[path.length - 1] = key;
@@ -95,9 +93,16 @@ function duplicateKey(text: string): string | undefined {
         keys.add(key);
       }
     }
-    i++;
   }
   return undefined;
+}
+
+const [openBrace, closeBrace, openBracket, closeBracket, quote, backslash, colon] = Array.from('{}[]"\\:', (c) => {
+  return c.charCodeAt(0);
+});
+
+function isBlank(code: number): boolean {
+  return code === 0x20 || code === 0x09 || code === 0x0a || code === 0x0d;
 }
 
 /** A value for an error message: short values as JSON, long ones by their kind. */

@@ -294,25 +294,23 @@ function checkHeader(text: string, source: ByteSource, dataStart: number): Heade
   }
   located.sort((a, b) => a.start - b.start || a.info.byteLength - b.info.byteLength);
   let end = dataStart;
-  let previous = 'the header';
+  let previous: TensorInfo | undefined;
+  const before = (): string => (previous === undefined ? 'the header' : `tensor ${quoted(previous.name)}`);
   for (const { info, start } of located) {
-    const at = `tensor ${quoted(info.name)} begins at data byte ${start - dataStart}`;
-    if (start < end) {
+    if (start !== end) {
+      const at = `tensor ${quoted(info.name)} begins at data byte ${start - dataStart}`;
       throw new SafetensorsError(
-        `${name}: ${at}, inside ${previous}, which ends at ${end - dataStart}; tensors must not overlap`,
-      );
-    }
-    if (start > end) {
-      throw new SafetensorsError(
-        `${name}: ${at}, but ${previous} ends at ${end - dataStart}; the format allows no hole between tensors`,
+        start < end
+          ? `${name}: ${at}, inside ${before()}, which ends at ${end - dataStart}; tensors must not overlap`
+          : `${name}: ${at}, but ${before()} ends at ${end - dataStart}; the format allows no hole between tensors`,
       );
     }
     end = start + info.byteLength;
-    previous = `tensor ${quoted(info.name)}`;
+    previous = info;
   }
   if (end !== source.size) {
     throw new SafetensorsError(
-      `${name}: ${source.size - end} bytes follow the last tensor (${previous}), which the format does not allow`,
+      `${name}: ${source.size - end} bytes follow the last tensor (${before()}), which the format does not allow`,
     );
   }
   return { metadata, located };
