@@ -39,20 +39,27 @@ export function checkpoint(fn: (...inputs: Tensor[]) => readonly Tensor[], ...in
     const ys = withRecorder(probe, () => scope(() => [...fn(...inputs)]));
     const explicit = new Set(inputs.map((x) => x.id));
     const captured = [...probe.captured.values()].filter((x) => !explicit.has(x.id));
-    const all = [...inputs, ...captured];
+    // An input given twice counts once: the inner tape adds up what reaches it on both ways.
+    const all = uniqueById([...inputs, ...captured]);
+    const needs = all.map((x) => outer.tracks(x));
+    // A result that is an input, or is there already, has its cotangent without our help.
+    const seen = new Set(all.map((x) => x.id));
+    const isNew = ys.map(({ id }) => !seen.has(id) && seen.add(id).has(id));
+    const onlyNew = (results: readonly Tensor[]): Tensor[] => results.filter((_, i) => isNew[i]);
+    if (!needs.includes(true) || !isNew.includes(true)) return ys;
     outer.record({
       name: 'checkpoint',
       inputs: all,
-      outputs: ys,
+      outputs: onlyNew(ys),
       saved: inputs,
-      needs: all.map((x) => outer.tracks(x)),
+      needs,
       vjp: (dys, saved) => {
         const again = saved.filter((x) => x !== undefined);
-        const wanted = [...again, ...captured].filter((x) => outer.tracks(x));
+        const wanted = uniqueById([...again, ...captured]).filter((x) => outer.tracks(x));
         const tape = new Tape(wanted);
         try {
           const values = withRecorder(tape, () => scope(() => [...fn(...again)]));
-          const grads = new Map(tape.backward(values, dys, wanted).map((g, i) => [wanted[i].id, g && own(g)]));
+          const grads = new Map(tape.backward(onlyNew(values), dys, wanted).map((g, i) => [wanted[i].id, g && own(g)]));
           return all.map((x) => grads.get(x.id));
         } finally {
           tape.dispose();
@@ -61,4 +68,8 @@ export function checkpoint(fn: (...inputs: Tensor[]) => readonly Tensor[], ...in
     });
     return ys;
   });
+}
+
+function uniqueById(tensors: readonly Tensor[]): Tensor[] {
+  return [...new Map(tensors.map((x) => [x.id, x])).values()];
 }
