@@ -53,7 +53,11 @@ export class Tape implements Recorder {
    * Walks back from `ys` with cotangents `dys` and gives the gradients of `inputs`, undefined where no y depends on one.
    * Consumes the tape. The gradients belong to no scope: the caller frees them.
    */
-  backward(ys: readonly Tensor[], dys: readonly (Tensor | undefined)[], inputs: readonly Tensor[]): (Tensor | undefined)[] {
+  backward(
+    ys: readonly Tensor[],
+    dys: readonly (Tensor | undefined)[],
+    inputs: readonly Tensor[],
+  ): (Tensor | undefined)[] {
     const cotangents = new Map<number, Tensor>();
     for (const [i, y] of ys.entries()) {
       const dy = dys[i];
