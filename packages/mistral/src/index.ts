@@ -1,4 +1,4 @@
-export { PhiloxRandom, philox4x32, type RandomSource } from './philox.js';
+export type { RandomSource } from './random-source.js';
 export { meanResize } from './resize.js';
 export {
   buildProcessors,

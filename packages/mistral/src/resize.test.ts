@@ -1,10 +1,10 @@
+import { Random } from '@lorikeet/nn';
 import { describe, expect, it } from 'vitest';
-import { PhiloxRandom } from './philox.js';
 import { meanResize } from './resize.js';
 
 /** Correlated rows with a mean of their own. */
 function makeRows(vocab: number, width: number): Float32Array {
-  const random = new PhiloxRandom(5);
+  const random = new Random(5);
   const rows = new Float32Array(vocab * width);
   for (let v = 0; v < vocab; v++) {
     const common = random.normal();
@@ -37,7 +37,7 @@ describe('meanResize', () => {
     const old = makeRows(300, width);
     const expected = moments(old, width);
     const added = 20_000;
-    const found = moments(meanResize(old, 300, width, added, new PhiloxRandom(9)), width);
+    const found = moments(meanResize(old, 300, width, added, new Random(9)), width);
     for (let i = 0; i < width; i++) {
       const deviation = Math.sqrt((expected.covariance[i]?.[i] ?? 0) * 1e-9);
       expect(Math.abs((found.mean[i] ?? 0) - (expected.mean[i] ?? 0))).toBeLessThan((5 * deviation) / Math.sqrt(added));
@@ -51,11 +51,11 @@ describe('meanResize', () => {
 
   it('gives exactly the mean where the covariance is not positive definite', () => {
     // As many rows as columns: the centred rows have one rank less.
-    expect(Array.from(meanResize(Float32Array.of(1, 2, 3, 6), 2, 2, 2, new PhiloxRandom(0)))).toEqual([2, 4, 2, 4]);
+    expect(Array.from(meanResize(Float32Array.of(1, 2, 3, 6), 2, 2, 2, new Random(0)))).toEqual([2, 4, 2, 4]);
     // A column without variance.
     const rows = makeRows(50, 4);
     for (let v = 0; v < 50; v++) rows[v * 4 + 2] = 0.25;
-    const result = meanResize(rows, 50, 4, 2, new PhiloxRandom(0));
+    const result = meanResize(rows, 50, 4, 2, new Random(0));
     expect(result[2]).toBe(0.25);
     expect(Array.from(result.subarray(0, 4))).toEqual(Array.from(result.subarray(4)));
     const { mean } = moments(rows, 4);
@@ -67,8 +67,8 @@ describe('meanResize', () => {
   it('stays within a few 3.2e-5 deviations of the mean at widths where the covariance is not formed', () => {
     const [vocab, width] = [600, 520];
     const rows = makeRows(vocab, width);
-    const result = meanResize(rows, vocab, width, 2, new PhiloxRandom(0));
-    const again = meanResize(rows, vocab, width, 2, new PhiloxRandom(0));
+    const result = meanResize(rows, vocab, width, 2, new Random(0));
+    const again = meanResize(rows, vocab, width, 2, new Random(0));
     expect(result).toEqual(again);
     let largest = 0;
     let different = 0;
@@ -84,12 +84,12 @@ describe('meanResize', () => {
     expect(largest).toBeLessThan(5);
     expect(different).toBeGreaterThan(width * 0.9);
     for (let v = 0; v < vocab; v++) rows[v * width + 7] = 1;
-    const singular = meanResize(rows, vocab, width, 2, new PhiloxRandom(0));
+    const singular = meanResize(rows, vocab, width, 2, new Random(0));
     expect(singular.slice(0, width)).toEqual(singular.slice(width));
   });
 
   it('refuses sizes that do not fit and values that are not finite', () => {
-    const random = new PhiloxRandom(0);
+    const random = new Random(0);
     expect(() => meanResize(new Float32Array(5), 2, 3, 1, random)).toThrow(/2 rows of 3 are 6 values, but there are 5/);
     expect(() => meanResize(new Float32Array(6), 2, 3, -1, random)).toThrow(/added.*-1/);
     expect(() => meanResize(Float32Array.of(1, Number.NaN), 1, 2, 1, random)).toThrow(/column 1/);

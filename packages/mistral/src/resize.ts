@@ -1,4 +1,4 @@
-import type { RandomSource } from './philox.js';
+import type { RandomSource } from './random-source.js';
 
 /** Up to this width the covariance is formed and tested; above, forming it (V * D^2 operations) would take too long. */
 const exactTestWidth = 512;

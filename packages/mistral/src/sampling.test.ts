@@ -1,6 +1,7 @@
+import { Random } from '@lorikeet/nn';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { PhiloxRandom, type RandomSource } from './philox.js';
+import type { RandomSource } from './random-source.js';
 import {
   buildProcessors,
   chooseToken,
@@ -116,6 +117,23 @@ describe('processors', () => {
     );
   });
 
+  it('top p equals the rule written out over a large vocabulary', () => {
+    const random = new Random(4);
+    const values = Float32Array.from({ length: 5000 }, () => 3 * random.normal());
+    const probabilities = distribution(values);
+    const order = probabilities.map((_, id) => id).sort((a, b) => (values[a] ?? 0) - (values[b] ?? 0));
+    for (const p of [0.3, 0.9, 0.999]) {
+      let sum = 0;
+      const dropped = order.findIndex((id) => {
+        sum += probabilities[id] ?? 0;
+        return sum > 1 - p;
+      });
+      expect(dropped).toBeGreaterThan(1000);
+      const expected = order.slice(dropped).sort((a, b) => a - b);
+      expect(kept(run(topP(p), Array.from(values)))).toEqual(expected);
+    }
+  });
+
   it('min p drops what is less likely than its share of the most likely', () => {
     const scores = logs(0.5, 0.2, 0.25, 0.05);
     expect(kept(run(minP(0.45), scores))).toEqual([0, 2]);
@@ -213,7 +231,7 @@ describe('choosing', () => {
     const expected = distribution(processed);
     const support = expected.filter((probability) => probability > 0).length;
     expect(support).toBe(7);
-    const random = new PhiloxRandom(2024);
+    const random = new Random(2024);
     const counts = Array.from(logits, () => 0);
     for (let i = 0; i < 10_000; i++) {
       const id = chooseToken(logits, state, processors, config, random);
@@ -252,12 +270,12 @@ describe('choosing', () => {
       'top_p',
     ]);
     const logits = new Float32Array(32004);
-    const noise = new PhiloxRandom(3);
+    const noise = new Random(3);
     for (let i = 0; i < logits.length; i++) logits[i] = noise.normal();
     logits[100] = 9;
     logits[200] = 8.5;
     const draw = (prompt: readonly number[], seed: number): number =>
-      chooseToken(logits, { ids: prompt, newTokens: 0 }, processors, config, new PhiloxRandom(seed));
+      chooseToken(logits, { ids: prompt, newTokens: 0 }, processors, config, new Random(seed));
     for (let seed = 0; seed < 20; seed++) {
       expect(draw([1, 5], seed)).toBe(100);
       // 9 / 1.1 = 8.18 < 8.5.
@@ -269,7 +287,7 @@ describe('choosing', () => {
   it('four new tokens with equal logits are drawn alike, as rows that were never trained give them', () => {
     const { config } = resolveGenerationConfig(undefined, { do_sample: true, top_p: 0.99, temperature: 0.001 });
     const logits = Float32Array.of(0, 7, 7, 7, 7);
-    const random = new PhiloxRandom(1);
+    const random = new Random(1);
     const drawn = Array.from({ length: 200 }, () =>
       chooseToken(logits, blank, buildProcessors(config), config, random),
     );

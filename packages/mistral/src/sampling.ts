@@ -3,7 +3,7 @@
  * float32. Everything here is plain CPU code over the last position's logits.
  */
 import { show } from './json-values.js';
-import type { RandomSource } from './philox.js';
+import type { RandomSource } from './random-source.js';
 
 /** Settings of generation under Hugging Face's names. */
 export interface GenerationConfig {
@@ -316,7 +316,9 @@ function softmax(scores: Float32Array): Float64Array {
   const result = new Float64Array(scores.length);
   let sum = 0;
   for (let i = 0; i < scores.length; i++) {
-    const weight = Math.exp((scores[i] ?? 0) - best);
+    const score = scores[i] ?? 0;
+    if (score === -Infinity) continue;
+    const weight = Math.exp(score - best);
     result[i] = weight;
     sum += weight;
   }
@@ -334,8 +336,18 @@ export function topP(p: number): LogitsProcessor {
     name: 'top_p',
     apply(scores) {
       const probabilities = softmax(scores);
-      const order = ascending(scores);
+      // A vocabulary's worth of tokens that are each less likely than this cannot reach the tail's weight together, so
+      // they go without being sorted; the margin covers the rounding of the sum.
+      const negligible = (tail / scores.length) * (1 - 1e-6);
       let sum = 0;
+      for (let i = 0; i < scores.length; i++) {
+        const probability = Math.fround(probabilities[i] ?? 0);
+        if (probability < negligible) {
+          sum += probability;
+          scores[i] = -Infinity;
+        }
+      }
+      const order = ascending(scores);
       for (let i = 0; i < order.length - 1; i++) {
         const id = order[i] ?? 0;
         sum += Math.fround(probabilities[id] ?? 0);
