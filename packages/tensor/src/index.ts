@@ -1,6 +1,7 @@
 /**
  * Tensors on WebGPU: device, memory, kernels, ops with their gradients, safetensors.
  * @packageDocumentation
+ * @mergeModuleWith <project>
  */
 export * from './device.js';
 export { type DType, type HostArray, bytesPerElement, f16Bits, f16Value, pitchOf, storedBytes } from './dtype.js';
