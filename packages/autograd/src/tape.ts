@@ -9,7 +9,7 @@ import {
   type Recorder,
   scope,
   ShapeError,
-  type Tensor,
+  Tensor,
   withRecorder,
 } from '@lorikeet/tensor';
 
@@ -145,10 +145,10 @@ export function valueAndGrad(
     throw new LifetimeError('valueAndGrad: gradients of gradients are not supported');
   const tape = new Tape(params);
   try {
-    const [value, ...aux] = scope(() => {
+    const [value, ...aux] = scope((): readonly [Tensor, ...Tensor[]] => {
       const result = withRecorder(tape, fn);
-      return Array.isArray(result) ? [...result] : [result];
-    }) as [Tensor, ...Tensor[]];
+      return result instanceof Tensor ? [result] : result;
+    });
     if (value.size !== 1)
       throw new ShapeError(`valueAndGrad: the value must be a scalar, got [${value.shape.join(', ')}]`);
     const device = value.device;

@@ -115,8 +115,10 @@ export class Device {
   readonly #pipelines = new Map<string, GPUComputePipeline>();
   readonly #kernels = new Map<string, Kernel>();
   readonly #bindGroups = new Map<string, GPUBindGroup>();
-  /** Last op that used a kernel, for error messages. */
+  /** Last op that used a kernel, the latest kernel last; for error messages. */
   readonly #lastOp = new Map<string, string>();
+  /** WGSL of each kernel, as it was compiled last; for error messages. */
+  readonly #sources = new Map<string, string>();
   readonly #uniforms: GPUBuffer;
   readonly #uniformBytes = new ArrayBuffer(uniformSlot * dispatchesPerSubmit);
   readonly #uniformU32 = new Uint32Array(this.#uniformBytes);
@@ -126,7 +128,6 @@ export class Device {
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
   #pending = 0;
-  #pendingKernels: string[] = [];
   #op = '';
   #failure: DeviceError | undefined;
   #destroyed = false;
@@ -295,8 +296,7 @@ export class Device {
     this.#pass.dispatchWorkgroups(x, Math.ceil(groups / x));
     this.#counters.dispatches++;
     this.#counters.flops += options.flops ?? 0;
-    this.#pendingKernels.push(kernel.name);
-    if (this.#op !== '') this.#lastOp.set(kernel.name, this.#op);
+    this.#remember(kernel);
     if (++this.#pending === dispatchesPerSubmit) this.flush();
   }
 
@@ -310,7 +310,6 @@ export class Device {
     this.#device.queue.submit([encoder.finish()]);
     this.#encoder = undefined;
     this.#pending = 0;
-    this.#pendingKernels = [];
     this.#counters.submits++;
   }
 
@@ -429,12 +428,9 @@ export class Device {
         tensors.map((t) => t.dtype),
         constants,
       );
+      this.#sources.set(kernel.name, code);
+      this.#remember(kernel);
       const module = this.#device.createShaderModule({ label: kernel.name, code });
-      // A compile error surfaces like every other device error, but with the source that it speaks of.
-      void module.getCompilationInfo().then(({ messages }) => {
-        const errors = messages.filter((m) => m.type === 'error');
-        if (errors.length > 0) this.#failCompile(key, code, errors);
-      });
       pipeline = this.#device.createComputePipeline({
         label: kernel.name,
         layout: this.#layout(kernel).pipeline,
@@ -451,6 +447,7 @@ export class Device {
     for (const t of tensors) key += `,${t.storage.bufferId}`;
     let group = this.#bindGroups.get(key);
     if (group === undefined) {
+      this.#refuseAliases(kernel, tensors);
       const entries: GPUBindGroupEntry[] = tensors.map((t, binding) => ({
         binding,
         resource: { buffer: t.storage.buffer },
@@ -475,33 +472,47 @@ export class Device {
     this.#device.queue.writeBuffer(storage.buffer, 0, new Uint8Array(storage.capacity).fill(0xff));
   }
 
-  #failCompile(key: string, code: string, errors: readonly GPUCompilationMessage[]): void {
-    const numbered = code.split('\n').map((line, i) => `${String(i + 1).padStart(4)} ${line}`);
-    const text = errors.map((m) => `line ${m.lineNum}: ${m.message}`).join('\n');
-    const failure = new DeviceError(`kernel ${key} does not compile:\n${text}\n${numbered.join('\n')}`);
-    // The more telling message wins over the generic one that creating the pipeline raised.
-    if (
-      this.#failure === undefined ||
-      this.#failure.message.includes('pipeline') ||
-      this.#failure.message.includes('Pipeline')
-    )
-      this.#failure = failure;
+  /** WebGPU lets no dispatch write a buffer that it also binds elsewhere, but says so late and without the kernel's name. */
+  #refuseAliases(kernel: Kernel, tensors: readonly Tensor[]): void {
+    tensors.forEach((t, i) => {
+      const twin = tensors.findIndex((u, j) => j !== i && u.storage === t.storage);
+      if (twin < 0 || kernel.bindingList[i].access === 'read') return;
+      const [written, other] = [kernel.bindingList[i].name, kernel.bindingList[twin].name];
+      throw new DeviceError(
+        `kernel ${kernel.name}${this.#op === '' ? '' : ` of op ${this.#op}`}: ${written} is written and is the same buffer as ${other}; ` +
+          'write into a new tensor',
+      );
+    });
+  }
+
+  #remember(kernel: Kernel): void {
+    // Deleted first, so that the map is in the order of the last use.
+    this.#lastOp.delete(kernel.name);
+    this.#lastOp.set(kernel.name, this.#op);
   }
 
   #fail(message: string, kind: string): void {
     if (this.#failure !== undefined) return;
-    const named = [...this.#lastOp.keys()].find((kernel) => message.includes(`"${kernel}"`));
+    const describe = (kernel: string): string => {
+      const op = this.#lastOp.get(kernel) ?? '';
+      return op === '' ? kernel : `${kernel} of op ${op}`;
+    };
+    const names = [...this.#lastOp.keys()];
+    const named = names.find((kernel) => message.includes(`"${kernel}"`));
     const where =
       named !== undefined
-        ? `kernel ${named} of op ${this.#lastOp.get(named)}`
-        : `one of the last kernels (${
-            [...this.#lastOp]
-              .slice(-5)
-              .map(([k, o]) => `${k} of op ${o}`)
-              .join(', ') || 'none was dispatched'
-          })`;
+        ? `kernel ${describe(named)}`
+        : `one of the last kernels (${names.slice(-8).map(describe).join(', ') || 'none was dispatched'})`;
+    const code = named !== undefined && /WGSL|ShaderModule/.test(message) ? this.#sources.get(named) : undefined;
+    const source =
+      code === undefined
+        ? ''
+        : `\n${code
+            .split('\n')
+            .map((line, i) => `${String(i + 1).padStart(4)} ${line}`)
+            .join('\n')}`;
     const Kind = kind === 'GPUOutOfMemoryError' ? OutOfMemoryError : DeviceError;
-    this.#failure = new Kind(`${kind} in ${where}: ${message}`);
+    this.#failure = new Kind(`${kind} in ${where}: ${message}${source}`);
   }
 }
 

@@ -2,9 +2,15 @@
 
 /** The browser's GPU object. @throws when the browser has no WebGPU. */
 export async function openGpu(): Promise<GPU> {
-  const navigator: { gpu?: GPU } | undefined = Reflect.get(globalThis, 'navigator');
-  if (navigator?.gpu === undefined) {
-    throw new Error('this browser has no WebGPU (navigator.gpu is missing); use a recent Chrome, Edge, Firefox or Safari over https or localhost');
+  const navigator: unknown = Reflect.get(globalThis, 'navigator');
+  if (!hasGpu(navigator)) {
+    throw new Error(
+      'this browser has no WebGPU (navigator.gpu is missing); use a recent Chrome, Edge, Firefox or Safari over https or localhost',
+    );
   }
   return navigator.gpu;
+}
+
+function hasGpu(navigator: unknown): navigator is { readonly gpu: GPU } {
+  return typeof navigator === 'object' && navigator !== null && 'gpu' in navigator && navigator.gpu !== undefined;
 }

@@ -16,7 +16,7 @@ import {
   type Recorder,
   scope,
   sum,
-  type Tensor,
+  Tensor,
   withRecorder,
 } from '@lorikeet/tensor';
 import fc from 'fast-check';
@@ -217,7 +217,7 @@ async function checkCase<A>(device: Device, check: OpCheck<A>, c: Case<A>): Prom
       slotOf.map((s) => tensors[s]),
       c.attrs,
     );
-    return Array.isArray(out) ? out : [out as Tensor];
+    return out instanceof Tensor ? [out] : out;
   };
   const cotangentOf = (y: Tensor, k: number): Tensor => device.fromArray(cotangents[k], y.shape, y.dtype);
 

@@ -53,7 +53,10 @@ it('dropout: values and gradients with the mask of the host', () =>
 describe('dropout', () => {
   const base = { p: 0.25, seed: 7, stream: 3, step: 5 };
   const maskOf = async (o: DropoutOptions, shape: readonly number[] = [3, 501]): Promise<number[]> => {
-    const ones = device.fromArray(new Array(shape.reduce((n, d) => n * d, 1)).fill(1), shape);
+    const ones = device.fromArray(
+      Array.from({ length: shape.reduce((n, d) => n * d, 1) }, () => 1),
+      shape,
+    );
     const y = scope(() => keep(dropout(ones, o)));
     const values = [...(await y.read())];
     y.dispose();

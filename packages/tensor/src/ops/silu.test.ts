@@ -17,6 +17,6 @@ it('silu: far arguments', async () => {
   const y = scope(() => silu(device.fromArray([-1e4, -300, -90, 90, 1e4], [5])));
   const values = await y.read();
   y.dispose();
-  expect([...values.slice(0, 3)].every((v) => Math.abs(v) < 1e-30)).toBe(true);
-  expect([...values.slice(3)]).toEqual([90, 1e4]);
+  expect(values.slice(0, 3).every((v) => Math.abs(v) < 1e-30)).toBe(true);
+  expect([values[3], values[4]]).toEqual([90, 1e4]);
 });
