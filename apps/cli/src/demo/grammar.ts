@@ -1,4 +1,4 @@
-import type { Random } from './random.js';
+import type { Random } from '@lorikeet/nn';
 
 /**
  * Templates for synthetic text: `[a|b|]` draws one alternative (they nest, an empty one is allowed) and `{slot}` asks the
@@ -65,7 +65,7 @@ export function expand(template: string, random: Random, slot: (name: string) =>
     for (const part of parts) {
       if (typeof part === 'string') out += part;
       else if ('slot' in part) out += slot(part.slot);
-      else out += walk(random.pick(part.options));
+      else out += walk(random.choice(part.options));
     }
     return out;
   };

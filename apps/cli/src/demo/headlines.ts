@@ -1,5 +1,5 @@
 import { capitalise, expand } from './grammar.js';
-import { Random } from './random.js';
+import { TextRandom } from './random.js';
 
 /**
  * Synthetic financial headlines for the demo: our own grammar, copied from no data set, and sharing no template, verb or
@@ -224,20 +224,20 @@ const weekdays = list('Monday, Tuesday, Wednesday, Thursday, Friday');
 const months = list('January, February, March, April, May, June, July, August, September, October, November, December');
 const currencies = list('crowns, florins, guilders, ducats');
 
-function headline(random: Random, part: keyof HeadlineParts, label: HeadlineLabel): Headline {
+function headline(random: TextRandom, part: keyof HeadlineParts, label: HeadlineLabel): Headline {
   const grammar = part === 'unseen' ? 'unseen' : 'train';
   const templates = headlineTemplates[grammar][label];
   const template = random.int(0, templates.length - 1);
   const low = random.int(11, 480);
   const high = low + random.int(Math.ceil(low * 0.1), low);
-  const unit = `${random.chance(0.8) ? 'million' : 'billion'} ${random.pick(currencies)}`;
+  const unit = `${random.chance(0.8) ? 'million' : 'billion'} ${random.choice(currencies)}`;
   const side = label === 'negative' ? 'negative' : 'positive';
   const slot = (name: string): string => {
     switch (name) {
       case 'C':
-        return `${random.pick(headlineCompanies[part])} ${random.pick(trades)}`;
+        return `${random.choice(headlineCompanies[part])} ${random.choice(trades)}`;
       case 'V':
-        return random.pick(headlineVerbs[grammar][label === 'negative' ? 'down' : 'up']);
+        return random.choice(headlineVerbs[grammar][label === 'negative' ? 'down' : 'up']);
       case 'hi':
         return `${high} ${unit}`;
       case 'lo':
@@ -249,15 +249,15 @@ function headline(random: Random, part: keyof HeadlineParts, label: HeadlineLabe
       case 'why':
       case 'whyso':
       case 'whynews':
-        return random.pick(reasons[grammar][side][name]);
+        return random.choice(reasons[grammar][side][name]);
       case 'hour':
-        return `${random.int(8, 17)}:${random.pick(['00', '15', '30'])}`;
+        return `${random.int(8, 17)}:${random.choice(['00', '15', '30'])}`;
       case 'person':
-        return `${random.pick(initials)} ${random.pick(surnames)}`;
+        return `${random.choice(initials)} ${random.choice(surnames)}`;
       default: {
         const words = plainSlots[name];
         if (words === undefined) throw new RangeError(`headlines: no slot is called {${name}}`);
-        return random.pick(words);
+        return random.choice(words);
       }
     }
   };
@@ -289,7 +289,7 @@ export function demoHeadlines(
 ): HeadlineParts {
   const seen = new Set<string>();
   const draw = (part: keyof HeadlineParts): Headline[] => {
-    const random = new Random(seed, `headlines ${part}`);
+    const random = new TextRandom(seed, `headlines ${part}`);
     const out: Headline[] = [];
     for (let i = 0; out.length < sizes[part]; i++) {
       const next = headline(random, part, headlineLabels[out.length % headlineLabels.length] as HeadlineLabel);

@@ -12,4 +12,4 @@ export {
   headlineTemplateVerbs,
   headlineVerbs,
 } from './headlines.js';
-export { Random } from './random.js';
+export { TextRandom } from './random.js';
