@@ -22,7 +22,8 @@ import {
 import fc from 'fast-check';
 import { type Array64, random64, randomArray64, roundTo } from './float64.js';
 
-type FloatType = 'f32' | 'f16';
+/** Float storage types. */
+export type FloatType = 'f32' | 'f16';
 
 /** What was drawn before attributes and integer inputs are. */
 export interface Drawn {
@@ -50,6 +51,7 @@ export interface OpCheck<A> {
   readonly run: (inputs: readonly Tensor[], attrs: A) => Tensor | readonly Tensor[];
   /** The same in float64, by the plainest loops. Integer inputs come as doubles. */
   readonly reference: (inputs: readonly Array64[], attrs: A) => Array64 | readonly Array64[];
+  /** Attributes to draw, where the op has any. */
   readonly attrs?: (drawn: Drawn) => fc.Arbitrary<A>;
   /** Sizes by name where not any will do; names it leaves out are drawn freely. */
   readonly sizes?: fc.Arbitrary<Readonly<Record<string, number>>>;
@@ -75,13 +77,18 @@ export interface OpCheck<A> {
 
 interface Case<A> {
   readonly drawn: Drawn;
+  /** The attributes that were drawn. */
   readonly attrs: A;
   readonly integers: Readonly<Record<string, readonly number[]>>;
   readonly reuse: boolean;
   readonly seed: number;
 }
 
-/** Checks an op; see the head of this file. Rejects with fast-check's report, the smallest failing case in it. */
+/**
+ * Checks an op; see the head of this file. Rejects with fast-check's report, the smallest failing case in it.
+ *
+ * The cases are the same each time. Environment: `LORIKEET_TEST_SEED` draws others, `LORIKEET_TEST_RUNS` another number.
+ */
 export async function checkOp<A = undefined>(device: Device, check: OpCheck<A>): Promise<void> {
   const floats = check.op.parsed.inputs.map((p) => p.name).filter((name) => !isInteger(check, name));
   const all = (type: FloatType): Record<string, FloatType> => Object.fromEntries(floats.map((name) => [name, type]));
@@ -94,7 +101,7 @@ export async function checkOp<A = undefined>(device: Device, check: OpCheck<A>):
     await fc.assert(
       fc.asyncProperty(caseArbitrary(check, dtypes), (c) => checkCase(device, check, c)),
       {
-        numRuns: check.runs ?? 12,
+        numRuns: Number(process.env.LORIKEET_TEST_RUNS ?? check.runs ?? 12),
         seed: Number(process.env.LORIKEET_TEST_SEED ?? 20240607),
         includeErrorInReport: true,
       },

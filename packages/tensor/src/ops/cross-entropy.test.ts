@@ -1,4 +1,12 @@
-import { type Array64, array64, checkOp, relativeError, testDevice, valueAndGrad } from '@lorikeet/testing';
+import {
+  type Array64,
+  array64,
+  checkOp,
+  randomArray64,
+  relativeError,
+  testDevice,
+  valueAndGrad,
+} from '@lorikeet/testing';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { keep, scope } from '../scope.js';
@@ -81,6 +89,21 @@ describe('crossEntropy', () => {
     const s = 1 + rest.reduce((a, b) => a + b, 0);
     expect(relativeError(grad, [-rest.reduce((a, b) => a + b, 0) / s, ...rest.map((e) => e / s)])).toBeLessThan(5e-6);
     expect(loss).toBeCloseTo(0, 6);
+  });
+
+  it('holds over a whole vocabulary', async () => {
+    const columns = 32000;
+    const logits = [...randomArray64(3 * columns, 5, 8)].map(Math.fround);
+    const labels = [31999, -100, 17];
+    const { loss, grad } = await evaluate(logits, [3, columns], labels);
+    const [expected] = crossEntropy64(array64([3, columns], logits), array64([3], labels), 1);
+    expect(relativeError([loss], expected.data)).toBeLessThan(1e-6);
+    const expectedGrad = labels.flatMap((label, n) => {
+      const e = logits.slice(n * columns, (n + 1) * columns).map(Math.exp);
+      const s = e.reduce((a, b) => a + b, 0);
+      return e.map((v, i) => (label < 0 ? 0 : v / s - (i === label ? 1 : 0)));
+    });
+    expect(relativeError(grad, expectedGrad)).toBeLessThan(1e-6);
   });
 
   it('holds with logits that exp alone would overflow', async () => {

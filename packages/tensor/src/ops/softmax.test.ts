@@ -9,6 +9,8 @@ it('softmax: values and gradients', () =>
   checkOp(device, {
     op: softmaxOp,
     values: { x: (v) => 5 * v },
+    // Backward starts from the stored y: in f16 its rounding stays where the gradient itself cancels.
+    floor: 0.25,
     run: ([x]) => softmax(x),
     reference: ([x]) =>
       mapRows64((row) => {
