@@ -1,3 +1,5 @@
 export * from './format.js';
 export { compileNamePattern } from './name-pattern.js';
 export * from './targets.js';
+export * from './adapter.js';
+export { Factor, lora, LoraLinear } from './methods/lora.js';
