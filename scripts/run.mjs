@@ -33,6 +33,8 @@ function run(/** @type {string} */ command, /** @type {string[]} */ ...args) {
 const pnpm = (/** @type {string[]} */ ...args) => run('npx', '--yes', manifest.packageManager, ...args);
 const [script, ...args] = process.argv.slice(2);
 // --prod=false: the compiler and `webgpu` are needed where NODE_ENV is "production" too.
-pnpm('install', '--frozen-lockfile', '--prod=false');
+// The texts that the base model was pretrained on (80 MB) are for the tests and for pretraining.
+const without = script === 'demo:only' ? ['--filter', '!@lorikeet/pretrain'] : [];
+pnpm('install', '--frozen-lockfile', '--prod=false', ...without);
 if (process.platform === 'linux') run('sh', 'scripts/setup-vulkan.sh');
 pnpm('--silent', 'run', script, ...args);
