@@ -2,6 +2,7 @@
  * Dropout whose mask is a function of (seed, stream, step, element): computing it again, in backward or under a
  * checkpoint, gives the same mask without saving it. Srivastava et al., "Dropout", 2014.
  */
+import type { DType } from '../dtype.js';
 import { LorikeetError } from '../errors.js';
 import { defineKernel, type Kernel } from '../kernel.js';
 import { defineOp, type Op } from '../op.js';
@@ -108,9 +109,9 @@ export function checkDropout({ p, seed, stream, step }: DropoutOptions, op: stri
   }
 }
 
-/** @internal Dropout without recording. */
-export function dropped(x: Tensor, options: DropoutOptions): Tensor {
-  const out = x.device.empty(x.shape, x.dtype);
+/** @internal Dropout without recording, into x's storage type unless told. */
+export function dropped(x: Tensor, options: DropoutOptions, dtype: DType = x.dtype): Tensor {
+  const out = x.device.empty(x.shape, dtype);
   run(kernel, { x }, out, options);
   return out;
 }

@@ -32,7 +32,7 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
     const y = device.empty(shapes[0], dtype);
     gemm(x, w, y, { transB: true });
     const xa = device.empty([x.rows, a.shape[0]], 'f32');
-    gemm(dropout === undefined ? x : dropped(x, dropout), a, xa, { transB: true });
+    gemm(dropout === undefined ? x : dropped(x, dropout, 'f32'), a, xa, { transB: true });
     gemm(xa, b, y, { transB: true, alpha: scale, accumulate: true });
     const [needX, needW, needA, needB] = needs;
     return {
@@ -76,7 +76,7 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
     }
     if (needs[2] && x !== undefined && g !== undefined) {
       da = grad(2);
-      gemm(g, dropout === undefined ? x : dropped(x, dropout), da, { transA: true });
+      gemm(g, dropout === undefined ? x : dropped(x, dropout, 'f32'), da, { transA: true });
     }
     if (needs[3] && xa !== undefined) {
       db = grad(3);
