@@ -69,6 +69,7 @@ export class KvCache {
     for (const layer of this.layers) layer.length += tokens;
   }
 
+  /** Frees keys and values. */
   dispose(): void {
     for (const { k, v } of this.layers) {
       k.dispose();

@@ -157,7 +157,7 @@ export class Mistral extends Module implements CausalLM {
 
   /**
    * Builds the model from a checkpoint or an initialiser.
-   * @param dtype storage of activations; that of the weights is the source's business
+   * `options.dtype` is the storage of activations; that of the weights is the source's business.
    */
   static async create(
     config: MistralConfig,
@@ -206,8 +206,10 @@ export class Mistral extends Module implements CausalLM {
   hidden({ ids, spans }: ModelInput, { checkpointing = false, cache }: HiddenOptions = {}): Tensor {
     let x = this.model.embed_tokens.forward(ids, this.dtype);
     for (const [i, block] of this.model.layers.entries()) {
-      const context = { spans, cache: cache?.layers[i] };
-      const next = checkpointing ? checkpoint((h) => [block.forward(h, context)], x)[0] : block.forward(x, context);
+      // spans goes in as an input: backward runs the block again when the forward pass's tensors are gone.
+      const next = checkpointing
+        ? checkpoint((h, at) => [block.forward(h, { spans: at })], x, spans)[0]
+        : block.forward(x, { spans, cache: cache?.layers[i] });
       // Only the tape, if any, still needs the block's input.
       x.dispose();
       x = next;

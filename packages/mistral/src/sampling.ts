@@ -215,6 +215,7 @@ export interface RowState {
 /** Changes logits [V] in place; a token that may not be drawn gets -Infinity. */
 export interface LogitsProcessor {
   readonly name: string;
+  /** Changes the scores of one row in place. */
   apply(scores: Float32Array, state: RowState): void;
 }
 

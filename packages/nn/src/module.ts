@@ -36,20 +36,13 @@ export abstract class Module {
 
   /** The module at a path. @throws LorikeetError that names the part of the path which is not there, and what is. */
   at(path: Path): Module {
-    let here: Module = this;
-    let done = '';
-    let rest = path;
-    while (rest !== '') {
-      const found = [...here.children()].find(([name]) => rest === name || rest.startsWith(`${name}.`));
-      if (found === undefined) {
-        const there = [...here.children()].map(([name]) => name).join(', ');
-        throw new LorikeetError(`no module "${rest}" in ${done === '' ? 'the model' : `"${done}"`}; it has ${there || 'no children'}`);
-      }
-      done = done === '' ? found[0] : `${done}.${found[0]}`;
-      rest = rest.slice(found[0].length + 1);
-      here = found[1];
+    if (path === '') return this;
+    const found = [...this.children()].find(([name]) => path === name || path.startsWith(`${name}.`));
+    if (found === undefined) {
+      const there = [...this.children()].map(([name]) => name).join(', ');
+      throw new LorikeetError(`no module "${path}" here; there is ${there || 'none'}`);
     }
-    return here;
+    return found[1].at(path.slice(found[0].length + 1));
   }
 
   /**

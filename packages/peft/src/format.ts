@@ -286,7 +286,7 @@ export const adapterKeyPrefix = 'base_model.model.';
  * The tensors of one module in an adapter file, and what follows the module's path in their names.
  * `weight` and `bias` are whole parameters: of `modules_to_save`, and with `bias: "all"`.
  */
-const partSuffixes = {
+const partSuffixes: Readonly<Record<AdapterPart, string>> = {
   loraA: 'lora_A.weight',
   loraB: 'lora_B.weight',
   loraBBias: 'lora_B.bias',
@@ -298,10 +298,21 @@ const partSuffixes = {
   baseBias: 'base_layer.bias',
   weight: 'weight',
   bias: 'bias',
-} as const;
+};
 
 /** One tensor of a module in an adapter file. */
-export type AdapterPart = keyof typeof partSuffixes;
+export type AdapterPart =
+  | 'loraA'
+  | 'loraB'
+  | 'loraBBias'
+  | 'loraEmbeddingA'
+  | 'loraEmbeddingB'
+  | 'magnitude'
+  | 'tokenRows'
+  | 'baseWeight'
+  | 'baseBias'
+  | 'weight'
+  | 'bias';
 
 // Longer endings first: every name that ends in lora_A.weight ends in weight too.
 const partsByLength: readonly AdapterPart[] = [

@@ -28,6 +28,7 @@ export interface ByteFolder {
 export interface ByteSink {
   /** For messages: the final file name. */
   readonly name: string;
+  /** Appends bytes. */
   write(bytes: Uint8Array): Promise<void>;
   /** Makes the result durable and visible. */
   close(): Promise<void>;
@@ -38,6 +39,7 @@ export interface ByteSink {
 /** A flat folder to write into. */
 export interface SinkFolder {
   readonly name: string;
+  /** Begins a file; it appears under its name when its sink is closed. */
   create(fileName: string): Promise<ByteSink>;
 }
 
@@ -55,11 +57,18 @@ export function memorySource(bytes: Uint8Array, name = 'memory'): ByteSource {
   };
 }
 
+/** A part of a blob. */
+export interface BlobBytes {
+  /** Reads it. */
+  arrayBuffer(): Promise<ArrayBuffer>;
+}
+
 /** What is needed of a browser's Blob or File (the packages are built without the DOM library). */
 export interface BlobLike {
   readonly size: number;
   readonly name?: string;
-  slice(start: number, end: number): { arrayBuffer(): Promise<ArrayBuffer> };
+  /** The bytes from start to before end. */
+  slice(start: number, end: number): BlobBytes;
 }
 
 /** A source over a Blob or File, read slice by slice. */
@@ -73,6 +82,7 @@ export function blobSource(blob: BlobLike, name: string = blob.name ?? 'blob'): 
 
 /** A sink that keeps its bytes in memory; `bytes()` gives them back, joined. */
 export interface MemorySink extends ByteSink {
+  /** What was written. */
   bytes(): Uint8Array;
 }
 

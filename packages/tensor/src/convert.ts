@@ -59,7 +59,8 @@ fn half_bits(b: u32) -> u32 {
 }`;
 
 function convertKernel(from: Source, to: 'f32' | 'f16'): Kernel {
-  const element = (j: number): string => `select(0u, bits(row * P.columns + column + ${j}u), column + ${j}u < P.columns)`;
+  const element = (j: number): string =>
+    `select(0u, bits(row * P.columns + column + ${j}u), column + ${j}u < P.columns)`;
   return defineKernel({
     name: `convert_${from.toLowerCase()}_${to}`,
     bindings: { raw: 'read', out: 'write', counts: 'update' },
@@ -117,7 +118,9 @@ export async function loadTensor(
   const columns = columnsOf(info.shape);
   const wide = info.dtype === 'F64';
   if (!wide && !(info.dtype in sources)) {
-    throw new DTypeError(`${info.file}: ${name} is stored as ${info.dtype}; floats (F64, F32, F16, BF16) can be loaded`);
+    throw new DTypeError(
+      `${info.file}: ${name} is stored as ${info.dtype}; floats (F64, F32, F16, BF16) can be loaded`,
+    );
   }
   const from: Source = wide ? 'F32' : (info.dtype as Source);
   const stored = wide ? 8 : from === 'F32' ? 4 : 2;

@@ -127,8 +127,15 @@ export function decode(bytes: ArrayBuffer, shape: readonly number[], dtype: DTyp
   return out;
 }
 
-function newHostArray(dtype: DType, length: number): Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer> | Uint32Array<ArrayBuffer> {
-  return dtype === 'i32' ? new Int32Array(length) : dtype === 'u32' ? new Uint32Array(length) : new Float32Array(length);
+function newHostArray(
+  dtype: DType,
+  length: number,
+): Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer> | Uint32Array<ArrayBuffer> {
+  return dtype === 'i32'
+    ? new Int32Array(length)
+    : dtype === 'u32'
+      ? new Uint32Array(length)
+      : new Float32Array(length);
 }
 
 function viewHostArray(dtype: DType, bytes: ArrayBuffer): HostArray {

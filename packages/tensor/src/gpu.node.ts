@@ -36,7 +36,10 @@ export async function openGpu(): Promise<GPU> {
     try {
       dawn = await import('webgpu');
     } catch (cause) {
-      throw new Error('the npm package "webgpu" (0.6.2 or later) is needed to use WebGPU in Node; install it beside @lorikeet/tensor', { cause });
+      throw new Error(
+        'the npm package "webgpu" (0.6.2 or later) is needed to use WebGPU in Node; install it beside @lorikeet/tensor',
+        { cause },
+      );
     }
     tamePolling();
     gpu = dawn.create(['enable-dawn-features=vulkan_enable_f16_on_nvidia']);

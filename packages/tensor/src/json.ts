@@ -153,10 +153,12 @@ export class JsonFields {
     );
   }
 
+  /** A boolean, or the fallback where the key is missing. */
   boolean(key: string, fallback: boolean): boolean {
     return this.#field(key, fallback, 'true or false', (v) => (typeof v === 'boolean' ? v : undefined));
   }
 
+  /** A string, or the fallback where the key is missing. */
   string(key: string, fallback: string): string {
     return this.#field(key, fallback, 'a string', (v) => (typeof v === 'string' ? v : undefined));
   }

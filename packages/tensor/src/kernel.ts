@@ -109,44 +109,46 @@ function bindingSource(index: number, x: string, access: Access, width: Width, d
   if (dtype === 'i32' || dtype === 'u32') {
     return [
       declare(dtype),
-      `fn ${x}_load(i: u32) -> ${dtype} { return ${x}[i]; }`,
-      store(`fn ${x}_store(i: u32, v: ${dtype}) { ${x}[i] = v; }`),
+      `fn ${x}_load(at_: u32) -> ${dtype} { return ${x}[at_]; }`,
+      store(`fn ${x}_store(at_: u32, value_: ${dtype}) { ${x}[at_] = value_; }`),
     ].join('\n');
   }
   const unpack = (word: string): string => `unpack2x16float(${word})`;
   if (dtype === 'f16') {
     if (width === 1) {
-      return [declare('u32'), `fn ${x}_load(i: u32) -> f32 { return ${unpack(`${x}[i >> 1u]`)}[i & 1u]; }`].join('\n');
+      return [declare('u32'), `fn ${x}_load(at_: u32) -> f32 { return ${unpack(`${x}[at_ >> 1u]`)}[at_ & 1u]; }`].join(
+        '\n',
+      );
     }
     const load4 = (w: string): string => `vec4<f32>(${unpack(`${w}.x`)}, ${unpack(`${w}.y`)})`;
     if (width === 4) {
       return [
         declare('vec2<u32>'),
-        `fn ${x}_load(i: u32) -> f32 { return ${unpack(`${x}[i >> 2u][(i >> 1u) & 1u]`)}[i & 1u]; }`,
-        `fn ${x}_load4(i: u32) -> vec4<f32> { let w = ${x}[i]; return ${load4('w')}; }`,
+        `fn ${x}_load(at_: u32) -> f32 { return ${unpack(`${x}[at_ >> 2u][(at_ >> 1u) & 1u]`)}[at_ & 1u]; }`,
+        `fn ${x}_load4(at_: u32) -> vec4<f32> { let word_ = ${x}[at_]; return ${load4('word_')}; }`,
         store(
-          `fn ${x}_store4(i: u32, v: vec4<f32>) { ${x}[i] = vec2<u32>(pack2x16float(v.xy), pack2x16float(v.zw)); }`,
+          `fn ${x}_store4(at_: u32, value_: vec4<f32>) { ${x}[at_] = vec2<u32>(pack2x16float(value_.xy), pack2x16float(value_.zw)); }`,
         ),
       ].join('\n');
     }
     return [
       declare('vec4<u32>'),
-      `fn ${x}_load(i: u32) -> f32 { return ${unpack(`${x}[i >> 3u][(i >> 1u) & 3u]`)}[i & 1u]; }`,
-      `fn ${x}_load8(i: u32) -> array<vec4<f32>, 2> { let w = ${x}[i]; return array<vec4<f32>, 2>(${load4('w.xy')}, ${load4('w.zw')}); }`,
+      `fn ${x}_load(at_: u32) -> f32 { return ${unpack(`${x}[at_ >> 3u][(at_ >> 1u) & 3u]`)}[at_ & 1u]; }`,
+      `fn ${x}_load8(at_: u32) -> array<vec4<f32>, 2> { let word_ = ${x}[at_]; return array<vec4<f32>, 2>(${load4('word_.xy')}, ${load4('word_.zw')}); }`,
     ].join('\n');
   }
   if (width === 1) {
     return [
       declare('f32'),
-      `fn ${x}_load(i: u32) -> f32 { return ${x}[i]; }`,
-      store(`fn ${x}_store(i: u32, v: f32) { ${x}[i] = v; }`),
+      `fn ${x}_load(at_: u32) -> f32 { return ${x}[at_]; }`,
+      store(`fn ${x}_store(at_: u32, value_: f32) { ${x}[at_] = value_; }`),
     ].join('\n');
   }
   return [
     declare('vec4<f32>'),
-    `fn ${x}_load(i: u32) -> f32 { return ${x}[i >> 2u][i & 3u]; }`,
-    `fn ${x}_load4(i: u32) -> vec4<f32> { return ${x}[i]; }`,
-    `fn ${x}_load8(i: u32) -> array<vec4<f32>, 2> { return array<vec4<f32>, 2>(${x}[2u * i], ${x}[2u * i + 1u]); }`,
-    store(`fn ${x}_store4(i: u32, v: vec4<f32>) { ${x}[i] = v; }`),
+    `fn ${x}_load(at_: u32) -> f32 { return ${x}[at_ >> 2u][at_ & 3u]; }`,
+    `fn ${x}_load4(at_: u32) -> vec4<f32> { return ${x}[at_]; }`,
+    `fn ${x}_load8(at_: u32) -> array<vec4<f32>, 2> { return array<vec4<f32>, 2>(${x}[2u * at_], ${x}[2u * at_ + 1u]); }`,
+    store(`fn ${x}_store4(at_: u32, value_: vec4<f32>) { ${x}[at_] = value_; }`),
   ].join('\n');
 }

@@ -47,6 +47,7 @@ export interface OpSpec<A> {
   readonly weights?: readonly string[];
   /** Names of integer inputs. */
   readonly integers?: readonly string[];
+  /** Runs the kernels. */
   readonly forward: (inputs: readonly Tensor[], context: ForwardContext<A>) => ForwardResult;
   /** Gradients of the inputs, in their order; undefined for those not in `needs`. A function from tensors to tensors: it needs no tape. */
   readonly vjp?: (context: VjpContext<A>) => readonly (Tensor | undefined)[];
@@ -55,6 +56,7 @@ export interface OpSpec<A> {
 /** An op that `run` applies. */
 export interface Op<A> extends OpSpec<A> {
   readonly parsed: Contract;
+  /** Checks the inputs, runs `forward`, and tells the recorder. */
   run(inputs: readonly Tensor[], attrs: A): readonly Tensor[];
 }
 
@@ -66,13 +68,17 @@ export interface Recorded {
   readonly saved: readonly (Tensor | undefined)[];
   readonly needs: readonly boolean[];
   /** Gradients of the inputs for cotangents of the outputs. */
-  readonly vjp: (dys: readonly (Tensor | undefined)[], saved: readonly (Tensor | undefined)[]) => readonly (Tensor | undefined)[];
+  readonly vjp: (
+    dys: readonly (Tensor | undefined)[],
+    saved: readonly (Tensor | undefined)[],
+  ) => readonly (Tensor | undefined)[];
 }
 
 /** What a tape implements. */
 export interface Recorder {
   /** True when gradients with respect to this value are wanted. */
   tracks(x: Tensor): boolean;
+  /** Hears of one application of an op. */
   record(node: Recorded): void;
 }
 
@@ -102,7 +108,9 @@ export function defineOp<A>(spec: OpSpec<A>): Op<A> {
 
 function runOp<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tensor[], attrs: A): readonly Tensor[] {
   if (scopeDepth() === 0) {
-    throw new LifetimeError(`${spec.name}: an op outside of any scope would leak its result; wrap the code in scope(() => ...)`);
+    throw new LifetimeError(
+      `${spec.name}: an op outside of any scope would leak its result; wrap the code in scope(() => ...)`,
+    );
   }
   const inputShapes = inputs.map((x) => x.shape);
   const shapes = applyContract(parsed, spec.name, inputShapes, spec.sizes?.(attrs, inputs));
@@ -146,12 +154,17 @@ function checkDTypes<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tens
   const first = inputs[0];
   inputs.forEach((x, i) => {
     const name = parsed.inputs[i].name;
-    if (x.device !== first.device) throw new LifetimeError(`${spec.name}: ${name} lives on another device than ${parsed.inputs[0].name}`);
+    if (x.device !== first.device)
+      throw new LifetimeError(`${spec.name}: ${name} lives on another device than ${parsed.inputs[0].name}`);
     const integer = spec.integers?.includes(name) === true;
     if (integer !== !isFloat(x.dtype)) {
       throw new DTypeError(`${spec.name}: ${name} is ${x.dtype}, but must be ${integer ? 'i32 or u32' : 'f32 or f16'}`);
     }
-    const leader = inputs.find((_, j) => spec.integers?.includes(parsed.inputs[j].name) !== true && spec.weights?.includes(parsed.inputs[j].name) !== true);
+    const leader = inputs.find(
+      (_, j) =>
+        spec.integers?.includes(parsed.inputs[j].name) !== true &&
+        spec.weights?.includes(parsed.inputs[j].name) !== true,
+    );
     if (!integer && leader !== undefined && spec.weights?.includes(name) !== true && x.dtype !== leader.dtype) {
       throw new DTypeError(
         `${spec.name}: ${name} is ${x.dtype} but ${parsed.inputs[inputs.indexOf(leader)].name} is ${leader.dtype}; there is no implicit promotion: use cast(x, '${leader.dtype}')`,
@@ -159,4 +172,3 @@ function checkDTypes<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tens
     }
   });
 }
-

@@ -20,7 +20,7 @@ export class SafetensorsError extends FormatError {
  * Element types and their bytes, in the format's own order, by which files are laid out: wide types first, so that
  * every tensor starts aligned to its element. The 4- and 6-bit types of newer files are refused by name.
  */
-const dtypeBytes = {
+const dtypeBytes: Readonly<Record<SafetensorsDType, number>> = {
   BOOL: 1,
   U8: 1,
   I8: 1,
@@ -40,10 +40,29 @@ const dtypeBytes = {
   F64: 8,
   I64: 8,
   U64: 8,
-} as const;
+};
 
 /** Element type of a stored tensor, in the spelling of the format. */
-export type SafetensorsDType = keyof typeof dtypeBytes;
+export type SafetensorsDType =
+  | 'BOOL'
+  | 'U8'
+  | 'I8'
+  | 'F8_E5M2'
+  | 'F8_E4M3'
+  | 'F8_E8M0'
+  | 'F8_E4M3FNUZ'
+  | 'F8_E5M2FNUZ'
+  | 'I16'
+  | 'U16'
+  | 'F16'
+  | 'BF16'
+  | 'I32'
+  | 'U32'
+  | 'F32'
+  | 'C64'
+  | 'F64'
+  | 'I64'
+  | 'U64';
 
 const dtypeNames: readonly string[] = Object.keys(dtypeBytes);
 
@@ -94,6 +113,7 @@ export interface TensorFile {
   chunks(name: string, chunkBytes?: number): AsyncGenerator<TensorChunk, void, undefined>;
   /** A float tensor's values as f32 (F64 is rounded, the others are exact). */
   readFloats(name: string): Promise<Float32Array<ArrayBuffer>>;
+  /** Closes the files. */
   close(): Promise<void>;
 }
 

@@ -25,7 +25,10 @@ export function parseContract(text: string): Contract {
   if (right === undefined || rest.length > 0) throw new ShapeError(`contract '${text}' must have one ->`);
   const side = (part: string): AxisPattern[] =>
     [...part.matchAll(/(\w*)\[([^\]]*)\]/g)].map(([, name, inner]) => {
-      const items = inner.split(',').map((s) => s.trim()).filter((s) => s !== '');
+      const items = inner
+        .split(',')
+        .map((s) => s.trim())
+        .filter((s) => s !== '');
       const leading = items[0] === '...';
       const axes = (leading ? items.slice(1) : items).map((s) => (/^\d+$/.test(s) ? Number(s) : s));
       return { name, leading, axes };
@@ -62,13 +65,17 @@ export function applyContract(
     const shape = shapes[i];
     const lead = shape.length - pattern.axes.length;
     if (lead < 0 || (!pattern.leading && lead > 0)) {
-      fail(`${pattern.name} has ${shape.length} axes instead of ${pattern.leading ? 'at least ' : ''}${pattern.axes.length}`);
+      fail(
+        `${pattern.name} has ${shape.length} axes instead of ${pattern.leading ? 'at least ' : ''}${pattern.axes.length}`,
+      );
     }
     if (pattern.leading) {
       const axes = shape.slice(0, lead);
       if (leading === undefined) leading = { axes, from: pattern.name };
       else if (axes.join() !== leading.axes.join()) {
-        fail(`the leading axes are [${leading.axes.join(', ')}] in ${leading.from} but [${axes.join(', ')}] in ${pattern.name}`);
+        fail(
+          `the leading axes are [${leading.axes.join(', ')}] in ${leading.from} but [${axes.join(', ')}] in ${pattern.name}`,
+        );
       }
     }
     pattern.axes.forEach((axis, a) => {
@@ -79,7 +86,8 @@ export function applyContract(
       }
       const bound = sizes.get(axis);
       if (bound === undefined) sizes.set(axis, { size, from: `${pattern.name} (axis ${lead + a})` });
-      else if (bound.size !== size) fail(`${axis} is ${bound.size} in ${bound.from} but ${size} in ${pattern.name} (axis ${lead + a})`);
+      else if (bound.size !== size)
+        fail(`${axis} is ${bound.size} in ${bound.from} but ${size} in ${pattern.name} (axis ${lead + a})`);
     });
   });
   return contract.outputs.map((pattern) => [

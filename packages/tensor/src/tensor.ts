@@ -87,7 +87,9 @@ export class Tensor extends Owned {
   view(shape: readonly number[]): Tensor {
     const columns = columnsOf(shape);
     if (sizeOf(shape) !== this.size) {
-      throw new ShapeError(`reshape: [${this.shape.join(', ')}] has ${this.size} elements, [${shape.join(', ')}] has ${sizeOf(shape)}`);
+      throw new ShapeError(
+        `reshape: [${this.shape.join(', ')}] has ${this.size} elements, [${shape.join(', ')}] has ${sizeOf(shape)}`,
+      );
     }
     if (columns !== this.columns && (pitchOf(columns, this.dtype) !== columns || this.pitch !== this.columns)) {
       throw new ShapeError(
@@ -107,7 +109,8 @@ export class Tensor extends Owned {
 
   /** The value of a one-element tensor. */
   async item(): Promise<number> {
-    if (this.size !== 1) throw new ShapeError(`item(): the tensor has shape [${this.shape.join(', ')}]; item() is for one element`);
+    if (this.size !== 1)
+      throw new ShapeError(`item(): the tensor has shape [${this.shape.join(', ')}]; item() is for one element`);
     return (await this.read())[0];
   }
 

@@ -19,7 +19,12 @@ export interface BatchLoss {
  * Forward pass and loss of a batch. The label of a token is predicted by the token before it.
  * @param normaliser what the sum is divided by: the supervised tokens of the whole accumulation window
  */
-export function batchLoss(model: CausalLM, batch: Batch, normaliser: number, options: { readonly checkpointing?: boolean } = {}): BatchLoss {
+export function batchLoss(
+  model: CausalLM,
+  batch: Batch,
+  normaliser: number,
+  options: { readonly checkpointing?: boolean } = {},
+): BatchLoss {
   const { B, T } = batch;
   const device = firstDevice(model);
   const rows: number[] = [];
@@ -32,7 +37,8 @@ export function batchLoss(model: CausalLM, batch: Batch, normaliser: number, opt
       targets.push(label);
     }
   }
-  if (rows.length === 0) throw new RangeError('batchLoss: no token of the batch is supervised; its loss would be 0 / 0');
+  if (rows.length === 0)
+    throw new RangeError('batchLoss: no token of the batch is supervised; its loss would be 0 / 0');
   const ids = device.fromArray(batch.ids, [B, T], 'i32');
   const spans = device.fromArray(batch.spans, [B, 2], 'i32');
   const hidden = model.hidden({ ids, spans }, options);
@@ -43,12 +49,13 @@ export function batchLoss(model: CausalLM, batch: Batch, normaliser: number, opt
     const to = Math.min(rows.length, from + chunk);
     const index = device.fromArray(rows.slice(from, to), [to - from], 'i32');
     const labels = device.fromArray(targets.slice(from, to), [to - from], 'i32');
-    const run = (x: Tensor): readonly Tensor[] => {
-      const { loss, correct } = crossEntropy(model.logits(gatherRows(x, index)), labels, { scale: 1 / normaliser });
+    const run = (x: Tensor, at: Tensor, wanted: Tensor): readonly Tensor[] => {
+      const { loss, correct } = crossEntropy(model.logits(gatherRows(x, at)), wanted, { scale: 1 / normaliser });
       return [loss, correct];
     };
-    const [loss, correct] = rows.length > chunk ? checkpoint(run, h) : run(h);
-    total = total === undefined ? { loss, correct } : { loss: add(total.loss, loss), correct: add(total.correct, correct) };
+    const [loss, correct] = rows.length > chunk ? checkpoint(run, h, index, labels) : run(h, index, labels);
+    total =
+      total === undefined ? { loss, correct } : { loss: add(total.loss, loss), correct: add(total.correct, correct) };
   }
   if (total === undefined) throw new RangeError('batchLoss: no chunk');
   return total;

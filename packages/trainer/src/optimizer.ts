@@ -144,7 +144,17 @@ const adamKernel = defineKernel({
     m: 'update',
     v: 'update',
   },
-  params: { quads: 'u32', last: 'u32', pitch: 'u32', beta1: 'f32', beta2: 'f32', one_minus_beta1: 'f32', one_minus_beta2: 'f32', epsilon: 'f32', decays: 'u32' },
+  params: {
+    quads: 'u32',
+    last: 'u32',
+    pitch: 'u32',
+    beta1: 'f32',
+    beta2: 'f32',
+    one_minus_beta1: 'f32',
+    one_minus_beta2: 'f32',
+    epsilon: 'f32',
+    decays: 'u32',
+  },
   workgroupSize,
   body: `
 fn kernel(group: u32, lane: u32) {
@@ -200,11 +210,14 @@ export class AdamW {
   constructor(parameters: Iterable<readonly [name: string, parameter: Tensor]>, options: AdamWOptions) {
     this.parameters = [...parameters];
     const rates = options.learningRates;
-    if (this.parameters.length === 0) throw new LorikeetError('AdamW: there is no trainable parameter; inject an adapter or train all parameters');
+    if (this.parameters.length === 0)
+      throw new LorikeetError('AdamW: there is no trainable parameter; inject an adapter or train all parameters');
     if (rates.length === 0) throw new LorikeetError('AdamW: learningRates is empty; the run has no steps');
     for (const [name, p] of this.parameters) {
       if (p.dtype !== 'f32') {
-        throw new LorikeetError(`AdamW: ${name} is ${p.dtype}; trainable parameters are f32 masters (load what is trained as f32)`);
+        throw new LorikeetError(
+          `AdamW: ${name} is ${p.dtype}; trainable parameters are f32 masters (load what is trained as f32)`,
+        );
       }
     }
     this.#options = options;
@@ -214,10 +227,16 @@ export class AdamW {
     this.#groups = this.parameters.map(([, p]) => Math.ceil(quadsOf(p) / (workgroupSize * quadsPerThread)));
     this.#partial = keep(this.#device.zeros([2 * this.#groups.reduce((a, b) => a + b, 0)]));
     this.#state = keep(this.#device.zeros([8]));
-    this.scale = keep(this.#device.fromArray([options.lossScale === undefined ? 1 : (options.lossScale.init ?? 65536)], []));
+    this.scale = keep(
+      this.#device.fromArray([options.lossScale === undefined ? 1 : (options.lossScale.init ?? 65536)], []),
+    );
     const { adam_beta1: b1 = 0.9, adam_beta2: b2 = 0.999, weight_decay = 0 } = options;
     // Computed in float64 here: powers of beta would lose digits on the device.
-    const rows = Array.from(rates, (lr, t) => [lr / (1 - b1 ** (t + 1)), 1 / Math.sqrt(1 - b2 ** (t + 1)), 1 - lr * weight_decay]);
+    const rows = Array.from(rates, (lr, t) => [
+      lr / (1 - b1 ** (t + 1)),
+      1 / Math.sqrt(1 - b2 ** (t + 1)),
+      1 - lr * weight_decay,
+    ]);
     this.#table = keep(this.#device.fromArray(rows.flat(), [rates.length, 3]));
   }
 
@@ -226,18 +245,34 @@ export class AdamW {
    * @returns a promise of what happened; the device is not waited for unless it is awaited
    */
   step(grads: readonly Tensor[]): Promise<OptimizerRecord> {
-    const { adam_beta1: b1 = 0.9, adam_beta2: b2 = 0.999, adam_epsilon = 1e-8, max_grad_norm = 1, lossScale } = this.#options;
+    const {
+      adam_beta1: b1 = 0.9,
+      adam_beta2: b2 = 0.999,
+      adam_epsilon = 1e-8,
+      max_grad_norm = 1,
+      lossScale,
+    } = this.#options;
     const device = this.#device;
     const before = device.beginOp('AdamW');
     let first = 0;
     grads.forEach((g, i) => {
-      device.dispatch(normKernel, { g, scale: this.scale, partial: this.#partial }, { quads: quadsOf(g), first }, this.#groups[i]);
+      device.dispatch(
+        normKernel,
+        { g, scale: this.scale, partial: this.#partial },
+        { quads: quadsOf(g), first },
+        this.#groups[i],
+      );
       first += this.#groups[i];
     });
     device.dispatch(
       decideKernel,
       { partial: this.#partial, state: this.#state, scale: this.scale },
-      { count: first, max_norm: max_grad_norm, growth_interval: lossScale?.growthInterval ?? 2000, dynamic: lossScale === undefined ? 0 : 1 },
+      {
+        count: first,
+        max_norm: max_grad_norm,
+        growth_interval: lossScale?.growthInterval ?? 2000,
+        dynamic: lossScale === undefined ? 0 : 1,
+      },
       1,
     );
     this.parameters.forEach(([, p], i) => {
@@ -270,7 +305,10 @@ export class AdamW {
 
   /** Bytes of moments and state on the device. */
   get bytes(): number {
-    return this.#moments.reduce((sum, { m, v }) => sum + m.bytes + v.bytes, this.#state.bytes + this.#table.bytes + this.#partial.bytes + this.scale.bytes);
+    return this.#moments.reduce(
+      (sum, { m, v }) => sum + m.bytes + v.bytes,
+      this.#state.bytes + this.#table.bytes + this.#partial.bytes + this.scale.bytes,
+    );
   }
 
   /** Frees moments and state; the parameters stay. */

@@ -131,34 +131,43 @@ export class Stepper {
    * Gradients of a window: of the sum of token losses over its supervised tokens, times the loss scale. Everything
    * belongs to the caller.
    */
-  gradients(window: readonly Batch[]): { readonly grads: Tensor[]; readonly sums: { loss: Tensor; correct: Tensor }; readonly supervisedTokens: number } {
+  gradients(window: readonly Batch[]): {
+    readonly grads: Tensor[];
+    readonly sums: { loss: Tensor; correct: Tensor };
+    readonly supervisedTokens: number;
+  } {
     const supervisedTokens = window.reduce((sum, batch) => sum + batch.supervised, 0);
-    if (supervisedTokens === 0) throw new LorikeetError('no token of an optimizer step is supervised; its loss would be 0 / 0');
+    if (supervisedTokens === 0)
+      throw new LorikeetError('no token of an optimizer step is supervised; its loss would be 0 / 0');
     let grads: Tensor[] = [];
     let sums: { loss: Tensor; correct: Tensor } | undefined;
     for (const batch of window) {
       // A micro-batch without supervised tokens adds nothing; the window is normalised as a whole.
       const step = this.#microStep++;
       if (batch.supervised === 0) continue;
-      withTraining({ seed: this.#seed, step }, () => scope(() => {
-        const run = valueAndGrad(
-          () => {
-            const { loss, correct } = batchLoss(this.#model, batch, supervisedTokens, { checkpointing: this.#checkpointing });
-            return [loss, correct];
-          },
-          this.#parameters,
-          { seed: this.optimizer.scale },
-        );
-        const [correct] = run.aux;
-        if (sums === undefined) {
-          sums = keep({ loss: run.value, correct });
-          grads = keep([...run.grads]);
-        } else {
-          accumulate(sums.loss, run.value);
-          accumulate(sums.correct, correct);
-          run.grads.forEach((g, i) => accumulate(grads[i], g));
-        }
-      }));
+      withTraining({ seed: this.#seed, step }, () =>
+        scope(() => {
+          const run = valueAndGrad(
+            () => {
+              const { loss, correct } = batchLoss(this.#model, batch, supervisedTokens, {
+                checkpointing: this.#checkpointing,
+              });
+              return [loss, correct];
+            },
+            this.#parameters,
+            { seed: this.optimizer.scale },
+          );
+          const [correct] = run.aux;
+          if (sums === undefined) {
+            sums = keep({ loss: run.value, correct });
+            grads = keep([...run.grads]);
+          } else {
+            accumulate(sums.loss, run.value);
+            accumulate(sums.correct, correct);
+            run.grads.forEach((g, i) => accumulate(grads[i], g));
+          }
+        }),
+      );
     }
     if (sums === undefined) throw new LorikeetError('the window has no batch');
     return { grads, sums, supervisedTokens };
@@ -170,29 +179,48 @@ export class Stepper {
     const optimizer = this.optimizer.step(grads);
     const read = Promise.all([optimizer, sums.loss.item(), sums.correct.item()]);
     for (const x of [...grads, sums.loss, sums.correct]) x.dispose();
-    return read.then(([record, loss, correct]) => ({ ...record, loss, tokenAccuracy: correct / supervisedTokens, supervisedTokens }));
+    return read.then(([record, loss, correct]) => ({
+      ...record,
+      loss,
+      tokenAccuracy: correct / supervisedTokens,
+      supervisedTokens,
+    }));
   }
 
+  /** Frees the optimizer's state. */
   dispose(): void {
     this.optimizer.dispose();
   }
 }
 
 /** Optimizer steps of a run over `length` rows. */
-export function totalSteps(length: number, args: TrainingArguments): { readonly perEpoch: number; readonly total: number } {
-  const { per_device_train_batch_size: batch = 8, gradient_accumulation_steps: accumulation = 1, num_train_epochs: epochs = 3, max_steps = -1 } = args;
+export function totalSteps(
+  length: number,
+  args: TrainingArguments,
+): { readonly perEpoch: number; readonly total: number } {
+  const {
+    per_device_train_batch_size: batch = 8,
+    gradient_accumulation_steps: accumulation = 1,
+    num_train_epochs: epochs = 3,
+    max_steps = -1,
+  } = args;
   const perEpoch = Math.max(1, Math.ceil(Math.ceil(length / batch) / accumulation));
   return { perEpoch, total: max_steps > 0 ? max_steps : Math.ceil(epochs * perEpoch) };
 }
 
 /**
  * Token-weighted loss and accuracy over a data set, without dropout.
- * @param onProgress called with the rows done so far
+ * `options.onProgress` is called with the rows done so far.
  */
 export async function evaluateLoss(
   model: CausalLM,
   dataset: readonly TokenizedExample[],
-  options: { readonly batchSize?: number; readonly collate?: CollateOptions; readonly onProgress?: (rows: number) => void; readonly signal?: AbortSignal | undefined } = {},
+  options: {
+    readonly batchSize?: number;
+    readonly collate?: CollateOptions;
+    readonly onProgress?: (rows: number) => void;
+    readonly signal?: AbortSignal | undefined;
+  } = {},
 ): Promise<{ loss: number; tokenAccuracy: number; supervisedTokens: number }> {
   const batchSize = options.batchSize ?? 8;
   let loss = 0;
@@ -240,7 +268,12 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
   });
   const scaling = options.lossScale ?? (model.dtype === 'f16' ? {} : false);
   const sampler = new BatchSampler(trainDataset.length, { batchSize, seed: args.data_seed ?? seed, shuffle: true });
-  const stepper = new Stepper(model, options.parameters, { ...args, learningRates, seed, lossScale: scaling === false ? undefined : scaling });
+  const stepper = new Stepper(model, options.parameters, {
+    ...args,
+    learningRates,
+    seed,
+    lossScale: scaling === false ? undefined : scaling,
+  });
   const device = stepper.optimizer.scale.device;
   device.resetPeak();
   const began = performance.now();
@@ -281,14 +314,27 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
       // An epoch's last window may be shorter: a step never mixes epochs.
       for (let ended = false; window.length < accumulation && !ended; ) {
         const { rows, endsEpoch } = sampler.next();
-        window.push(collate(rows.map((row) => trainDataset[row]), options.collate));
+        window.push(
+          collate(
+            rows.map((row) => trainDataset[row]),
+            options.collate,
+          ),
+        );
         ended = endsEpoch;
       }
-      pending.push({ step, tokens: window.reduce((sum, b) => sum + realTokens(b), 0), epoch: step / perEpoch, done: stepper.step(window) });
+      pending.push({
+        step,
+        tokens: window.reduce((sum, b) => sum + realTokens(b), 0),
+        epoch: step / perEpoch,
+        done: stepper.step(window),
+      });
       while (pending.length > lag) yield await settle(pending.shift() ?? pending[0]);
       if (evalDataset !== undefined && eval_steps > 0 && (step % eval_steps === 0 || step === total)) {
         while (pending.length > 0) yield await settle(pending.shift() ?? pending[0]);
-        const result = await evaluateLoss(model, evalDataset, { batchSize: evalBatchSize, ...(options.collate === undefined ? {} : { collate: options.collate }) });
+        const result = await evaluateLoss(model, evalDataset, {
+          batchSize: evalBatchSize,
+          ...(options.collate === undefined ? {} : { collate: options.collate }),
+        });
         yield { kind: 'eval', step, epoch: step / perEpoch, ...result };
         lastRecord = performance.now();
       }

@@ -62,9 +62,15 @@ function broadcastBody(tile: number, transA: boolean, transB: boolean): string {
     ${registers.map((q) => `let a${q} = select(vec4<f32>(0.0), a_load4(from_a + ${q}u), live);`).join('\n    ')}`
     : registers.map((q) => `let a${q} = a_load4(row${q} + k0 / 4u);`).join('\n    ');
   const loadB = transB
-    ? `${range(4).map((c) => `let b${c} = b_load4(column${c} + k0 / 4u);`).join('\n    ')}
-    ${range(4).map((k) => `let v${k} = vec4<f32>(b0.${xyzw[k]}, b1.${xyzw[k]}, b2.${xyzw[k]}, b3.${xyzw[k]});`).join('\n    ')}`
-    : range(4).map((k) => `let v${k} = b_load4((batch * P.batch_b + min(k0 + ${k}u, P.k - 1u) * P.ldb + j) / 4u);`).join('\n    ');
+    ? `${range(4)
+        .map((c) => `let b${c} = b_load4(column${c} + k0 / 4u);`)
+        .join('\n    ')}
+    ${range(4)
+      .map((k) => `let v${k} = vec4<f32>(b0.${xyzw[k]}, b1.${xyzw[k]}, b2.${xyzw[k]}, b3.${xyzw[k]});`)
+      .join('\n    ')}`
+    : range(4)
+        .map((k) => `let v${k} = b_load4((batch * P.batch_b + min(k0 + ${k}u, P.k - 1u) * P.ldb + j) / 4u);`)
+        .join('\n    ');
   const value = (r: number, k: number): string => {
     const half = r % (tile / 2);
     return transA
@@ -73,7 +79,9 @@ function broadcastBody(tile: number, transA: boolean, transB: boolean): string {
   };
   // Row by row, so that a row's sums stay in registers through the four steps (1.7 times the speed of step by step).
   const rows = range(tile).map((r) =>
-    range(4).map((k) => `s${r} = fma(vec4<f32>(${value(r, k)}), v${k}, s${r});`).join(' '),
+    range(4)
+      .map((k) => `s${r} = fma(vec4<f32>(${value(r, k)}), v${k}, s${r});`)
+      .join(' '),
   );
   return `
 fn kernel(group: u32, lane: u32) {
@@ -83,8 +91,16 @@ fn kernel(group: u32, lane: u32) {
   let i0 = tile_m * ${tile}u;
   let j = min(tile_n * 32u + lane * 4u, P.ldo - 4u);
   ${transA ? '' : registers.map((q) => `let row${q} = (batch * P.batch_a + min(i0 + lane + ${8 * q}u, P.m - 1u) * P.lda) / 4u;`).join('\n  ')}
-  ${transB ? range(4).map((c) => `let column${c} = (batch * P.batch_b + min(j + ${c}u, P.n - 1u) * P.ldb) / 4u;`).join('\n  ') : ''}
-  ${range(tile).map((r) => `var s${r} = vec4<f32>(0.0);`).join(' ')}
+  ${
+    transB
+      ? range(4)
+          .map((c) => `let column${c} = (batch * P.batch_b + min(j + ${c}u, P.n - 1u) * P.ldb) / 4u;`)
+          .join('\n  ')
+      : ''
+  }
+  ${range(tile)
+    .map((r) => `var s${r} = vec4<f32>(0.0);`)
+    .join(' ')}
   for (var k0 = 0u; k0 < P.k; k0 += 4u) {
     ${loadA}
     ${loadB}
@@ -93,7 +109,9 @@ fn kernel(group: u32, lane: u32) {
   if (tile_n * 32u + lane * 4u >= P.ldo) { return; }
   let at = (batch * P.batch_o + i0 * P.ldo + j) / 4u;
   let step = P.ldo / 4u;
-  ${range(tile).map((r) => `if (i0 + ${r}u < P.m) {${store(`s${r}`, `at + ${r}u * step`, 'j')}\n  }`).join('\n  ')}
+  ${range(tile)
+    .map((r) => `if (i0 + ${r}u < P.m) {${store(`s${r}`, `at + ${r}u * step`, 'j')}\n  }`)
+    .join('\n  ')}
 }`;
 }
 
@@ -120,7 +138,9 @@ fn kernel(group: u32, lane: u32) {
   let j0 = tile_n * 64u;
   let ti = (lane / 16u) * 4u;
   let tj = (lane % 16u) * 4u;
-  ${range(4).map((r) => `var s${r} = vec4<f32>(0.0);`).join(' ')}
+  ${range(4)
+    .map((r) => `var s${r} = vec4<f32>(0.0);`)
+    .join(' ')}
   for (var k0 = 0u; k0 < P.k; k0 += 16u) {
     ${tile('a', !transA, 'i0', 'P.m')}
     ${tile('b', transB, 'j0', 'P.n')}
@@ -128,7 +148,9 @@ fn kernel(group: u32, lane: u32) {
     for (var k = 0u; k < 16u; k++) {
       let at = k * 64u;
       let v = vec4<f32>(tile_b[at + tj], tile_b[at + tj + 1u], tile_b[at + tj + 2u], tile_b[at + tj + 3u]);
-      ${range(4).map((r) => `s${r} = fma(vec4<f32>(tile_a[at + ti + ${r}u]), v, s${r});`).join('\n      ')}
+      ${range(4)
+        .map((r) => `s${r} = fma(vec4<f32>(tile_a[at + ti + ${r}u]), v, s${r});`)
+        .join('\n      ')}
     }
     workgroupBarrier();
   }
@@ -136,7 +158,9 @@ fn kernel(group: u32, lane: u32) {
   if (j >= P.ldo) { return; }
   let at = (batch * P.batch_o + (i0 + ti) * P.ldo + j) / 4u;
   let step = P.ldo / 4u;
-  ${range(4).map((r) => `if (i0 + ti + ${r}u < P.m) {${store(`s${r}`, `at + ${r}u * step`, 'j')}\n  }`).join('\n  ')}
+  ${range(4)
+    .map((r) => `if (i0 + ti + ${r}u < P.m) {${store(`s${r}`, `at + ${r}u * step`, 'j')}\n  }`)
+    .join('\n  ')}
 }`;
 }
 
@@ -185,7 +209,10 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
   const device = out.device;
   const broadcast = device.info.subgroupSize === 8;
   // A smaller tile wastes less of a product with few rows; the sums are the same.
-  const size = Math.max(0, broadcastTiles.findIndex((tile) => m <= tile || tile === 32));
+  const size = Math.max(
+    0,
+    broadcastTiles.findIndex((tile) => m <= tile || tile === 32),
+  );
   const kernel = (broadcast ? broadcastKernels[size] : sharedKernels)[(transA ? 2 : 0) + (transB ? 1 : 0)];
   const tilesM = Math.ceil(m / (broadcast ? broadcastTiles[size] : 64));
   const tilesN = Math.ceil(n / (broadcast ? 32 : 64));
@@ -212,4 +239,3 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
     { constants: accumulate ? { ACCUMULATE: 1 } : {}, flops: 2 * m * n * k * batches },
   );
 }
-

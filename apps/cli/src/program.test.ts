@@ -1,0 +1,132 @@
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { parse } from 'yaml';
+import { runCli } from './program.js';
+
+/** One run of the command line: exit code and what it wrote. */
+async function run(...args: string[]): Promise<{ code: number; out: string; err: string }> {
+  const written = { out: '', err: '' };
+  const io = {
+    stdout: { write: (text: string) => (written.out += text) },
+    stderr: { write: (text: string) => (written.err += text) },
+    env: {},
+  };
+  return { code: await runCli(args, { io }), ...written };
+}
+
+let folder: string;
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'lorikeet-cli-'));
+});
+afterEach(() => rm(folder, { recursive: true, force: true }));
+
+describe('lorikeet', () => {
+  it('prints help and version on demand', async () => {
+    const help = await run('--help');
+    expect(help).toMatchObject({ code: 0, err: '' });
+    for (const command of ['train', 'eval', 'generate', 'merge', 'doctor', 'data', 'inspect']) {
+      expect(help.out).toContain(`  ${command}`);
+    }
+    expect(help.out).toContain('Examples:');
+    expect((await run('--version')).out).toMatch(/^\d+\.\d+\.\d+\n$/);
+  });
+
+  it.each(['train', 'eval', 'generate', 'merge', 'doctor', 'data preview', 'inspect'])(
+    '%s has help with examples',
+    async (command) => {
+      const { code, out } = await run(...command.split(' '), '--help');
+      expect(code).toBe(0);
+      expect(out).toMatch(new RegExp(`Examples:\\n  lorikeet ${command}`));
+      expect(out).toContain('--json');
+      expect(out).toContain('--debug');
+    },
+  );
+
+  it.each([
+    [[], /Usage: lorikeet/],
+    [['trian'], /unknown command 'trian'\n\(Did you mean train\?\)/],
+    [['train', '--confg', 'x'], /unknown option '--confg'\n\(Did you mean --config\?\)/],
+    [['eval'], /required option '--data/],
+    [['eval', '--data', 'x'], /required option '--model/],
+    [['generate', '--model', 'm', '--prompt', 'x', '--top-p', '2'], /It must be a number from 0 to 1/],
+    [['generate', '--model', 'm', '--prompt', 'x', '--seed', '1.5'], /It must be a whole number, 0 or more/],
+    [['eval', '--model', 'm', '--data', 'd', '--labels', 'a,,b'], /list with commas and without empty items/],
+    [['eval', '--model', 'm', '--data', 'd', '--labels', 'a,b,a'], /An item stands there twice/],
+    [['train', '--dtype', 'bfloat16'], /Allowed choices are float32, float16/],
+    [['inspect'], /missing required argument 'path'/],
+    [['inspect', 'a', 'b', 'c'], /too many arguments/],
+    [['data'], /Usage: lorikeet data/],
+  ])('%j is wrong usage', async (args, pattern) => {
+    const { code, out, err } = await run(...args);
+    expect(code).toBe(2);
+    expect(out).toBe('');
+    expect(err).toMatch(pattern);
+  });
+});
+
+describe('lorikeet train --dry-run', () => {
+  it('prints the resolved run, with hints on stderr', async () => {
+    const file = join(folder, 'run.yaml');
+    await writeFile(file, 'model: org/model\nlora: {r: 4}\n');
+    const { code, out, err } = await run(
+      'train',
+      '-c',
+      file,
+      'lora.r=16',
+      'epochs=1',
+      '--dry-run',
+      '--dtype',
+      'float16',
+    );
+    expect(code).toBe(0);
+    expect(parse(out)).toMatchObject({
+      model_name_or_path: 'org/model',
+      lora: { r: 16 },
+      num_train_epochs: 1,
+      dtype: 'float16',
+    });
+    expect(err).toBe('model is read as model_name_or_path\nepochs is read as num_train_epochs\n');
+  });
+
+  it.each([[['train', '--json', '--dry-run', 'seed=1']], [['--json', 'train', '--dry-run', 'seed=1']]])(
+    '%j prints one line of JSON',
+    async (args) => {
+      const { code, out } = await run(...args);
+      expect(code).toBe(0);
+      expect(out.trimEnd()).not.toContain('\n');
+      expect(JSON.parse(out)).toMatchObject({ seed: 1 });
+    },
+  );
+
+  it('a mistake is one paragraph on stderr with exit code 2, and an object with --json', async () => {
+    const plain = await run('train', '--dry-run', 'learning_rat=1');
+    expect(plain).toEqual({
+      code: 2,
+      out: '',
+      err: 'error: on the command line: unknown key "learning_rat"; did you mean learning_rate?\n',
+    });
+    const json = await run('train', '--dry-run', 'learning_rat=1', '--json');
+    expect(json.err).toBe(plain.err);
+    expect(JSON.parse(json.out)).toEqual({ error: { message: expect.stringContaining('unknown key') } });
+  });
+
+  it('a missing file is a failure with exit code 1; the stack comes with --debug alone', async () => {
+    const file = join(folder, 'none.yaml');
+    const plain = await run('train', '-c', file);
+    expect(plain).toEqual({
+      code: 1,
+      out: '',
+      err: `error: ${file}: cannot read the run file: there is no such file or folder\n`,
+    });
+    const debug = await run('train', '-c', file, '--debug');
+    expect(debug.err).toMatch(/CliError: .*\n\s+at .*\n(.*\n)*caused by Error: ENOENT/);
+  });
+
+  it('--resume is refused, not ignored', async () => {
+    expect((await run('train', '--resume')).err).toContain(
+      'resume_from_checkpoint: true asks for resuming a run, which is not supported yet',
+    );
+  });
+});

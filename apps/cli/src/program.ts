@@ -1,0 +1,328 @@
+/**
+ * The command line itself: commands, flags, help, and how errors and interruptions end a run. Each command is one file
+ * of commands/, loaded only when it is called.
+ */
+import { readFileSync } from 'node:fs';
+import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
+import pc from 'picocolors';
+import { z } from 'zod';
+import type { CommandContext } from './context.js';
+import { CliError, EXIT, InterruptedError } from './errors.js';
+import { type SignalSource, watchInterrupt } from './interrupt.js';
+import { colorsWanted, type Io, Ui } from './ui.js';
+
+/** What {@link runCli} stands on; tests give their own. */
+export interface RunOptions {
+  readonly io?: Io;
+  readonly signals?: SignalSource;
+}
+
+const versionFile = z.object({ version: z.string() });
+
+/** The version of the package that this file belongs to, in src and in dist. */
+function version(): string {
+  return versionFile.parse(JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8'))).version;
+}
+
+const flags = z.object({ json: z.boolean().default(false), debug: z.boolean().default(false) });
+
+/**
+ * Runs one command line.
+ * @param args arguments without the interpreter and the script
+ * @returns the exit code; nothing is thrown
+ */
+export async function runCli(args: readonly string[], options: RunOptions = {}): Promise<number> {
+  const io: Io = options.io ?? { stdout: process.stdout, stderr: process.stderr, env: process.env };
+  // Errors before the flags are parsed obey them too.
+  let debug = args.includes('--debug');
+  let ui = new Ui(io, { json: args.includes('--json') });
+
+  /** Runs a command with its context; Ctrl-C is watched while it works. */
+  const run = async (command: Command, action: (context: CommandContext) => Promise<void>): Promise<void> => {
+    const { json, debug: wanted } = flags.parse(command.optsWithGlobals());
+    debug = wanted;
+    ui = new Ui(io, { json });
+    const watch = watchInterrupt(() => ui.note('stopping; press Ctrl-C again to stop at once'), options.signals);
+    try {
+      await action({ ui, io, signal: watch.signal });
+    } catch (error) {
+      // What an aborted operation throws says less than why it was aborted.
+      throw watch.signal.aborted && !(error instanceof CliError) ? watch.signal.reason : error;
+    } finally {
+      watch.stop();
+    }
+  };
+
+  const program = buildProgram(io, run);
+  try {
+    if (args.length === 0) {
+      program.outputHelp({ error: true });
+      return EXIT.usage;
+    }
+    await program.parseAsync([...args], { from: 'user' });
+    return EXIT.done;
+  } catch (error) {
+    // Help and version were asked for and have been printed; commander has printed what is wrong with the flags.
+    if (error instanceof CommanderError) return error.exitCode === 0 ? EXIT.done : EXIT.usage;
+    ui.clear();
+    reportError(error, ui, io, debug);
+    return error instanceof CliError ? error.exitCode : EXIT.failed;
+  }
+}
+
+/** Prints an error: a paragraph for people on stderr, and an object on stdout with `--json`. */
+function reportError(error: unknown, ui: Ui, io: Io, debug: boolean): void {
+  const message = error instanceof Error ? error.message || error.name : String(error);
+  const colors = pc.createColors(colorsWanted(io.stderr, io.env));
+  const label = error instanceof InterruptedError ? '' : `${colors.red('error:')} `;
+  io.stderr.write(`${label}${message}\n`);
+  if (debug) {
+    for (let current = error, depth = 0; current instanceof Error && depth < 6; current = current.cause, depth++) {
+      io.stderr.write(`${depth === 0 ? '' : 'caused by '}${current.stack ?? current.message}\n`);
+    }
+  } else if (!(error instanceof CliError) && error instanceof TypeError) {
+    io.stderr.write('This looks like a defect of the program; --debug shows where it happened.\n');
+  }
+  if (!ui.json) return;
+  const { where, fix } = error instanceof CliError ? error : { where: undefined, fix: undefined };
+  ui.data({ error: { message, ...(where === undefined ? {} : { where }), ...(fix === undefined ? {} : { fix }) } });
+}
+
+type Runner = (command: Command, action: (context: CommandContext) => Promise<void>) => Promise<void>;
+
+function integer(least: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^-?\d+$/.test(text) || !Number.isSafeInteger(value) || value < least) {
+      throw new InvalidArgumentError(`It must be a whole number, ${least} or more.`);
+    }
+    return value;
+  };
+}
+
+function number(least: number, most = Number.POSITIVE_INFINITY): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (text.trim() === '' || !Number.isFinite(value) || value < least || value > most) {
+      throw new InvalidArgumentError(
+        most === Number.POSITIVE_INFINITY
+          ? `It must be a number, ${least} or more.`
+          : `It must be a number from ${least} to ${most}.`,
+      );
+    }
+    return value;
+  };
+}
+
+function list(text: string): string[] {
+  const items = text.split(',').map((item) => item.trim());
+  if (items.some((item) => item === ''))
+    throw new InvalidArgumentError('It must be a list with commas and without empty items.');
+  if (new Set(items).size !== items.length) throw new InvalidArgumentError('An item stands there twice.');
+  return items;
+}
+
+function collect(text: string, before: string[] | undefined): string[] {
+  return [...(before ?? []), text];
+}
+
+const dtypeOption = (): Option =>
+  new Option(
+    '--dtype <type>',
+    'element type of base weights and activations (default: that of the checkpoint)',
+  ).choices(['float32', 'float16']);
+
+function buildProgram(io: Io, run: Runner): Command {
+  const program = new Command('lorikeet');
+  program
+    .description('Fine-tunes Mistral-architecture language models on the GPU of this machine, through WebGPU.')
+    .version(version(), '-V, --version', 'print the version')
+    .helpOption('-h, --help', 'print help')
+    .helpCommand('help [command]', 'print help for a command')
+    .exitOverride()
+    .showHelpAfterError('(--help shows the flags)')
+    .configureOutput({
+      writeOut: (text) => io.stdout.write(text),
+      writeErr: (text) => io.stderr.write(text),
+      getOutHasColors: () => colorsWanted(io.stdout, io.env),
+      getErrHasColors: () => colorsWanted(io.stderr, io.env),
+    })
+    .addOption(new Option('--json', 'machine-readable output alone on stdout; human text goes to stderr'))
+    .addOption(new Option('--debug', 'show the stack of an error'))
+    .addHelpText(
+      'after',
+      `
+Examples:
+  lorikeet doctor                                    which GPU, and is it ready
+  lorikeet data preview -c run.yaml -n 3             what will be trained, token by token
+  lorikeet train -c run.yaml lora.r=16               fine-tune
+  lorikeet eval --model ./model --adapter ./out --data test.jsonl --labels negative,neutral,positive
+  lorikeet generate --model ./model --adapter ./out --prompt "Answer: "
+  lorikeet merge --model ./model --adapter ./out --output ./merged --verify
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
+    );
+
+  /** Adds a command with the flags that every command has. */
+  const add = (parent: Command, name: string, description: string, examples: string): Command =>
+    parent
+      .command(name)
+      .description(description)
+      .option('--json', 'machine-readable output alone on stdout; human text goes to stderr')
+      .option('--debug', 'show the stack of an error')
+      .addHelpText('after', `\nExamples:\n${examples.replace(/^/gm, '  ')}`);
+
+  const withModel = (command: Command): Command =>
+    command
+      .requiredOption('--model <folder or id>', 'base model: a folder, or an id on the hub')
+      .option('--revision <name>', 'branch, tag or commit of the model on the hub')
+      .option('--cache-dir <folder>', 'where downloads are kept (default: HF_HOME)')
+      .option('--offline', 'use what is in the cache and ask no server');
+
+  add(
+    program,
+    'train',
+    'Fine-tunes a model with LoRA as a run file says; key=value arguments override it.',
+    `lorikeet train -c run.yaml
+lorikeet train -c run.yaml lora.r=16 learning_rate=2e-4 output_dir=out/r16
+lorikeet train -c run.yaml --dry-run             print the resolved run and stop
+lorikeet train -c run.yaml --json > log.jsonl    one JSON object a log step`,
+  )
+    .argument('[key=value...]', 'keys of the run file, dotted where they are nested; values are YAML')
+    .option('-c, --config <file>', 'run file (YAML)')
+    .option('--dry-run', 'print the resolved run and stop')
+    .option('--resume [checkpoint]', 'go on from the latest or the given checkpoint')
+    .addOption(dtypeOption())
+    .action(async (overrides: string[], _options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runTrain } = await import('./commands/train.js');
+        await runTrain(context, overrides, command.opts());
+      });
+    });
+
+  add(
+    program,
+    'eval',
+    'Measures a model on labelled rows: loss, accuracy, F1, the share of invalid answers.',
+    `lorikeet eval --model ./model --data test.jsonl --labels negative,neutral,positive
+lorikeet eval --model ./model --adapter ./out --data test.jsonl --json`,
+  )
+    .requiredOption('--data <file>', 'rows to measure on (.jsonl, .json, .csv, .tsv, .parquet)')
+    .option('--adapter <folder or id>', 'adapter on top of the model')
+    .option('--labels <a,b,c>', 'score these answers instead of generating freely', list)
+    .option('--output <folder>', 'where eval_results.json and predictions.jsonl go')
+    .option('--batch-size <rows>', 'rows at a time', integer(1), 8)
+    .option('--max-new-tokens <n>', 'longest free answer in tokens', integer(1), 16)
+    .option('--limit <rows>', 'use the first rows alone', integer(1))
+    .option('-c, --config <file>', 'run file whose templates are used (default: that of the adapter)')
+    .addOption(dtypeOption())
+    .action(async (_options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runEval } = await import('./commands/eval.js');
+        await runEval(context, command.opts());
+      });
+    });
+
+  add(
+    program,
+    'generate',
+    'Continues a prompt and streams the text.',
+    `lorikeet generate --model ./model --prompt "Once upon a time"
+lorikeet generate --model ./model --adapter ./out --prompt "Answer: " --temperature 0 --max-new-tokens 4`,
+  )
+    .requiredOption('--prompt <text>', 'text to continue; - reads it from stdin')
+    .option('--adapter <folder or id>', 'adapter on top of the model')
+    .option('--max-new-tokens <n>', 'longest continuation in tokens', integer(1), 128)
+    .option('--temperature <t>', '0 is greedy', number(0), 1)
+    .option('--top-p <p>', 'smallest set of tokens with this probability', number(0, 1))
+    .option('--top-k <k>', 'most probable tokens alone; 0 is all', integer(0))
+    .option('--min-p <p>', 'tokens with this share of the largest probability', number(0, 1))
+    .option('--repetition-penalty <p>', 'above 1 makes tokens that occurred less likely', number(0.01))
+    .option('--seed <n>', 'seed of the draw', integer(0))
+    .option('--stop <text>', 'stop behind this text (may be given again)', collect)
+    .addOption(dtypeOption())
+    .action(async (_options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runGenerate } = await import('./commands/generate.js');
+        await runGenerate(context, command.opts());
+      });
+    });
+
+  add(
+    program,
+    'merge',
+    'Adds an adapter into its base model and writes a model in Hugging Face layout.',
+    'lorikeet merge --model ./model --adapter ./out --output ./merged --verify',
+  )
+    .requiredOption('--adapter <folder or id>', 'adapter to add')
+    .requiredOption('--output <folder>', 'folder of the merged model; must be new or empty')
+    .option('--verify', 'compare the merged model with base and adapter: largest difference of logits, changed answers')
+    .option('--max-shard-size <GB>', 'largest file in GB', number(0.001), 5)
+    .addOption(dtypeOption())
+    .action(async (_options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runMerge } = await import('./commands/merge.js');
+        await runMerge(context, command.opts());
+      });
+    });
+  for (const command of program.commands) {
+    if (['eval', 'generate', 'merge'].includes(command.name())) withModel(command);
+  }
+
+  add(
+    program,
+    'doctor',
+    'Says which GPU there is, what it can do, and what to install when there is none.',
+    'lorikeet doctor\nlorikeet doctor --json',
+  ).action(async (_options: unknown, command: Command) => {
+    await run(command, async (context) => {
+      const { runDoctor } = await import('./commands/doctor.js');
+      await runDoctor(context);
+    });
+  });
+
+  const data = program.command('data').description('Looks at training data.');
+  add(
+    data,
+    'preview',
+    'Shows rows as the model will see them: which tokens are trained, masked or cut.',
+    'lorikeet data preview -c run.yaml -n 3\nlorikeet data preview train_file=train.jsonl model_name_or_path=./model',
+  )
+    .argument('[key=value...]', 'keys of the run file')
+    .option('-c, --config <file>', 'run file (YAML)')
+    .option('-n <rows>', 'how many rows', integer(1), 3)
+    .action(async (overrides: string[], _options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runDataPreview } = await import('./commands/data-preview.js');
+        await runDataPreview(context, overrides, command.opts());
+      });
+    });
+
+  add(
+    program,
+    'inspect',
+    'Shows what is in a model, an adapter or a safetensors file; with a second path, how the two differ.',
+    `lorikeet inspect ./out                   tensors, ranks, norms, checksums
+lorikeet inspect ./out ./out2            how two adapters differ
+lorikeet inspect model.safetensors --tensors`,
+  )
+    .argument('<path>', 'folder or .safetensors file')
+    .argument('[path2]', 'what to compare it with')
+    .option('--tensors', 'list every tensor')
+    .option('--no-hash', 'leave the checksums out, which read every byte')
+    .action(
+      async (
+        first: string,
+        second: string | undefined,
+        options: { tensors?: boolean; hash: boolean },
+        command: Command,
+      ) => {
+        await run(command, async (context) => {
+          const { runInspect } = await import('./commands/inspect.js');
+          await runInspect(context, first, second, options);
+        });
+      },
+    );
+
+  return program;
+}

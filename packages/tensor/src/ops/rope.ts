@@ -1,0 +1,120 @@
+/** Rotary position embedding, half-rotation layout. */
+import type { Device } from '../device.js';
+import { ShapeError } from '../errors.js';
+import { defineKernel, type Kernel } from '../kernel.js';
+import { defineOp, type Op } from '../op.js';
+import { keep } from '../scope.js';
+import type { Tensor } from '../tensor.js';
+
+/** Options of `rope`. */
+export interface RopeOptions {
+  /** Base of the frequencies: `rope_theta` of a checkpoint. Default 10000. */
+  readonly theta?: number;
+  /** Position of token 0 in a row that starts at 0: the number of cached tokens in generation. Default 0. */
+  readonly positionOffset?: number;
+}
+
+interface Attrs {
+  readonly theta: number;
+  readonly positionOffset: number;
+}
+
+const workgroupSize = 64;
+
+const kernel: Kernel = defineKernel({
+  name: 'rope',
+  bindings: { x: 'read', spans: 'read', table: 'read', out: 'write' },
+  params: { count: 'u32', heads: 'u32', length: 'u32', quads: 'u32', offset: 'u32', sign: 'f32' },
+  workgroupSize,
+  // One thread turns four pairs (j, j + D/2): D/2 is a multiple of 4, so both halves are whole vec4s.
+  body: `
+fn kernel(group: u32, lane: u32) {
+  let i = group * WORKGROUP + lane;
+  if (i >= P.count) { return; }
+  let half = P.quads / 2u;
+  let j = i % half;
+  let head = i / half;
+  let token = head / P.heads;
+  let start = i32(spans_load(2u * (token / P.length)));
+  let position = u32(max(i32(token % P.length + P.offset) - start, 0));
+  let c = table_load4(position * P.quads + j);
+  let s = P.sign * table_load4(position * P.quads + half + j);
+  let at = head * P.quads + j;
+  let a = x_load4(at);
+  let b = x_load4(at + half);
+  out_store4(at, a * c - b * s);
+  out_store4(at + half, b * c + a * s);
+}`,
+});
+
+const tables = new WeakMap<Device, Map<string, Tensor>>();
+
+/**
+ * Cosines and sines [N, D], N >= `length`: row t has cos(t theta^(-2j/D)) for j < D/2, then the sines. Computed in f64.
+ * One a device, theta and D; it lives as long as the device, and a longer one takes its place when needed.
+ */
+function tableOf(device: Device, theta: number, columns: number, length: number): Tensor {
+  let ofDevice = tables.get(device);
+  if (ofDevice === undefined) {
+    ofDevice = new Map();
+    tables.set(device, ofDevice);
+  }
+  const key = `${theta} ${columns}`;
+  const found = ofDevice.get(key);
+  if (found !== undefined && found.shape[0] >= length) return found;
+  // Powers of two: generation, which asks for one more row a token, seldom builds a new one.
+  const rows = 2 ** Math.ceil(Math.log2(Math.max(length, 256)));
+  const half = columns / 2;
+  const values = new Float32Array(rows * columns);
+  for (let j = 0; j < half; j++) {
+    const frequency = theta ** ((-2 * j) / columns);
+    for (let t = 0; t < rows; t++) {
+      values[t * columns + j] = Math.cos(t * frequency);
+      values[t * columns + half + j] = Math.sin(t * frequency);
+    }
+  }
+  const table = keep(device.fromArray(values, [rows, columns]));
+  found?.dispose();
+  ofDevice.set(key, table);
+  return table;
+}
+
+function rotate(x: Tensor, spans: Tensor, { theta, positionOffset }: Attrs, sign: number): Tensor {
+  const [, length, heads, columns] = x.shape;
+  const table = tableOf(x.device, theta, columns, length + positionOffset);
+  const out = x.device.empty(x.shape, x.dtype);
+  const count = (x.rows * columns) / 8;
+  x.device.dispatch(
+    kernel,
+    { x, spans, table, out },
+    { count, heads, length, quads: columns / 4, offset: positionOffset, sign },
+    Math.ceil(count / workgroupSize),
+  );
+  return out;
+}
+
+/** @internal */
+export const ropeOp: Op<Attrs> = defineOp<Attrs>({
+  name: 'rope',
+  contract: 'x[B, T, H, D], spans[B, 2] -> [B, T, H, D]',
+  integers: ['spans'],
+  forward: ([x, spans], { attrs }) => {
+    if (x.columns % 8 !== 0) throw new ShapeError(`rope: heads have ${x.columns} columns; a multiple of 8 is needed`);
+    if (!Number.isSafeInteger(attrs.positionOffset) || attrs.positionOffset < 0) {
+      throw new ShapeError(`rope: positionOffset is ${attrs.positionOffset}; it must be an integer from 0 on`);
+    }
+    if (!(attrs.theta > 0)) throw new ShapeError(`rope: theta is ${attrs.theta}; it must be positive`);
+    return { outputs: [rotate(x, spans, attrs, 1)], saved: [spans] };
+  },
+  // A rotation's transpose is the rotation back.
+  vjp: ({ dys: [dy], saved: [spans], needs, attrs }) =>
+    dy === undefined || spans === undefined || !needs[0] ? [] : [rotate(dy, spans, attrs, -1), undefined],
+});
+
+/**
+ * Turns each pair (j, j + D/2) of a head by position * theta^(-2j/D). x: [B, T, H, D] -> the same shape; D is a multiple
+ * of 8. The position of token t in a row is max(0, t + positionOffset - start), `start` from `spans`, i32 [B, 2].
+ */
+export function rope(x: Tensor, spans: Tensor, options: RopeOptions = {}): Tensor {
+  return ropeOp.run([x, spans], { theta: options.theta ?? 10000, positionOffset: options.positionOffset ?? 0 })[0];
+}

@@ -1,0 +1,222 @@
+/**
+ * What the flash attention kernels share: parameters, addressing, masks, and the two tile products of the broadcast tier.
+ *
+ * Rows. The R = H / G query heads that share a key head form one list of T * R rows per (batch row, key head): row r is
+ * query r / R of head r % R. So a tile of rows serves all heads of a group at once, generation (one query) still fills
+ * a tile as far as it can, and the gradient of a key sums over queries and heads in one loop, in a fixed order.
+ *
+ * Scores are kept in base 2: exp2(dot * scale * log2(e) - lse). Nothing relies on infinities or NaN: a masked score is
+ * `masked`, below the least possible running maximum, so that its exp2 is an exact zero.
+ *
+ * Broadcast tier: a workgroup is one subgroup of 8 lanes. A lane owns 4 rows (of queries, or of keys in dK and dV) as the
+ * components of a vec4, and the 16 rows of the other side are loaded one or two to a lane and broadcast. So softmax
+ * needs no exchange between lanes, and there is no workgroup memory and no barrier.
+ */
+import type { ParamType } from '../kernel.js';
+
+/** Parameters of every flash kernel. */
+export const flashParams: Readonly<Record<string, ParamType>> = {
+  /** Workgroups along the rows. */
+  tiles: 'u32',
+  /** Rows of a group of heads: T * R. */
+  rows: 'u32',
+  /** Query heads per key head: R. */
+  ratio: 'u32',
+  kv_heads: 'u32',
+  q_length: 'u32',
+  /** Keys stored in k and v. */
+  k_length: 'u32',
+  /** Keys that count. */
+  key_length: 'i32',
+  /** Index of query 0 among the keys. */
+  offset: 'u32',
+  window: 'i32',
+  scale: 'f32',
+  /** Stored floats per group of heads in lse, and in the statistics of backward. */
+  pitch: 'u32',
+};
+
+export const xyzw = ['x', 'y', 'z', 'w'] as const;
+export const range = (n: number): number[] => Array.from({ length: n }, (_, i) => i);
+export const lines = <T>(items: readonly T[], each: (item: T, index: number) => string): string =>
+  items.map(each).join('\n  ');
+
+/** Rows that a lane of the broadcast tier owns, and rows of the other side in a step. */
+export const laneRows = 4;
+export const stepRows = 16;
+
+/** Addressing and masks. The kernel must bind `spans`. */
+export const flashPrelude = `
+const LOG2E: f32 = 1.4426950408889634;
+const LEAST: f32 = -1e30;
+const MASKED: f32 = -2e30;
+// Row of q, out and their gradients in units of one head vector.
+fn query_at(b: u32, g: u32, row: u32) -> u32 {
+  return ((b * P.q_length + row / P.ratio) * P.kv_heads + g) * P.ratio + row % P.ratio;
+}
+fn key_at(b: u32, g: u32, key: u32) -> u32 { return (b * P.k_length + key) * P.kv_heads + g; }
+// First visible key of a row and the end of its keys; nothing is visible when the end is not beyond the first.
+fn key_range(b: u32, row: u32) -> vec2<u32> {
+  let q = i32(P.offset + row / P.ratio);
+  let first = max(max(i32(spans_load(2u * b)), 0), q - P.window + 1);
+  let end = min(min(i32(spans_load(2u * b + 1u)), P.key_length), q + 1);
+  return vec2<u32>(u32(first), u32(max(end, 0)));
+}
+// First visible key of a row and the number of its keys, 0 beyond the last row.
+fn key_count(b: u32, row: u32) -> vec2<u32> {
+  let keys = key_range(b, row);
+  return vec2<u32>(keys.x, select(0u, keys.y - min(keys.x, keys.y), row < P.rows));
+}`;
+
+/** Addressing of the kernels that own keys: which rows see a key. */
+export const flashRowPrelude = `
+// First row that sees a key and the number of such rows, 0 for a key that does not count. Queries start at key 0.
+fn row_count(b: u32, key: u32) -> vec2<u32> {
+  let end = min(i32(spans_load(2u * b + 1u)), P.key_length);
+  let live = i32(key) >= i32(spans_load(2u * b)) && i32(key) < end && key < P.q_length;
+  let count = select(0u, min(u32(P.window), P.q_length - min(key, P.q_length)), live);
+  return vec2<u32>(key, count) * P.ratio;
+}
+// The rows that see any of count keys: the first one, and the end.
+fn row_range(b: u32, key: u32, count: u32) -> vec2<u32> {
+  let first = max(key, u32(max(i32(spans_load(2u * b)), 0)));
+  let end = min(min(key + count, P.q_length), u32(max(min(i32(spans_load(2u * b + 1u)), P.key_length), 0)));
+  return select(vec2<u32>(0u), vec2<u32>(first, min(end - 1u + u32(P.window), P.q_length)) * P.ratio, first < end);
+}`;
+
+/** `s{r} += sum over the head of own row c * broadcast row r`: 16 vec4 over the lane's 4 rows, from zero. */
+export function tileDot(s: string, own: string, ownAt: string, other: string, otherAt: string, hd: number): string {
+  const step = (at: string): string => `
+    ${lines(range(laneRows), (c) => `let x${c} = ${own}_load8(${ownAt}${c} + ${at});`)}
+    let y0 = ${other}_load8(${otherAt}0 + ${at}); let y1 = ${other}_load8(${otherAt}1 + ${at});
+    ${lines(range(8), (d) => {
+      const part = `[${d >> 2}].${xyzw[d & 3]}`;
+      return `let w${d} = vec4<f32>(x0${part}, x1${part}, x2${part}, x3${part});
+    ${lines(range(stepRows), (r) => `${s}${r} = fma(vec4<f32>(subgroupBroadcast(y${r >> 3}${part}, ${r & 7}u)), w${d}, ${s}${r});`)}`;
+    })}`;
+  const zeros = range(stepRows)
+    .map((r) => `var ${s}${r} = vec4<f32>(0.0);`)
+    .join(' ');
+  // A loop over long heads keeps the code small enough to compile quickly; short ones gain by having none.
+  return hd <= 32
+    ? `${zeros}\n  ${lines(range(hd / 8), (i) => `{${step(`${i}u`)}\n  }`)}`
+    : `${zeros}\n  for (var i = 0u; i < ${hd / 8}u; i++) {${step('i')}\n  }`;
+}
+
+/** `acc{c} += sum over r of p{r} * broadcast row r [column c]`: one vec4 over the lane's rows for each column. */
+export function tileAccumulate(
+  acc: string,
+  p: string,
+  other: string,
+  otherAt: string,
+  column8: (i: number) => string,
+  steps: number,
+): string {
+  return lines(
+    range(steps),
+    (i) => `{
+    let y0 = ${other}_load8(${otherAt}0 + ${column8(i)}); let y1 = ${other}_load8(${otherAt}1 + ${column8(i)});
+    ${lines(range(stepRows), (r) =>
+      range(8)
+        .map(
+          (d) =>
+            `${acc}${8 * i + d} = fma(vec4<f32>(subgroupBroadcast(y${r >> 3}[${d >> 2}].${xyzw[d & 3]}, ${r & 7}u)), ${p}${r}, ${acc}${8 * i + d});`,
+        )
+        .join('\n    '),
+    )}
+  }`,
+  );
+}
+
+/** Stores the lane's 4 rows of `acc`, each multiplied by its component of `factor`. */
+export function tileStore(
+  acc: string,
+  factor: string,
+  out: string,
+  at: string,
+  columns: { readonly column8: (i: number) => string; readonly live: (i: number) => string },
+  steps: number,
+  rowLive: (c: number) => string,
+): string {
+  return lines(
+    range(laneRows),
+    (c) => `if (${rowLive(c)}) {
+    ${lines(range(steps), (i) => {
+      const quad = (half: number): string =>
+        `${out}_store4(2u * (${at}${c} + ${columns.column8(i)}) + ${half}u, ${factor}.${xyzw[c]} * vec4<f32>(${range(4)
+          .map((d) => `${acc}${8 * i + 4 * half + d}.${xyzw[c]}`)
+          .join(', ')}));`;
+      return `if (${columns.live(i)}) { ${quad(0)} ${quad(1)} }`;
+    })}
+  }`,
+  );
+}
+
+/** How the columns of a head are divided among workgroups, which bounds the accumulators of one. */
+export interface Chunks {
+  readonly count: number;
+  /** Steps of 8 columns in a chunk. */
+  readonly steps: number;
+  /** Index, in steps, of step i of the chunk in `chunk`; beyond the last column it stays on the last one. */
+  readonly column8: (i: number) => string;
+  readonly live: (i: number) => string;
+}
+
+/** Divides a head of `hd` columns into chunks of at most `most`. */
+export function chunksOf(hd: number, most: number): Chunks {
+  const count = Math.ceil(hd / most);
+  const steps = Math.ceil(hd / 8 / count);
+  const ragged = steps * count > hd / 8;
+  return {
+    count,
+    steps,
+    column8: (i) =>
+      count === 1 ? `${i}u` : ragged ? `min(chunk * ${steps}u + ${i}u, ${hd / 8 - 1}u)` : `(chunk * ${steps}u + ${i}u)`,
+    live: (i) => (ragged ? `chunk * ${steps}u + ${i}u < ${hd / 8}u` : 'true'),
+  };
+}
+
+/** Portable tier: threads that share a row, each with every `parts`-th quad of columns, so that registers suffice. */
+export function partsOf(hd: number): number {
+  return hd <= 32 ? 1 : hd <= 64 || hd % 16 !== 0 ? 2 : 4;
+}
+
+/** Threads of a portable workgroup. */
+export const portableThreads = 64;
+/** Rows of the other side in workgroup memory at a time. */
+export const portableTile = 8;
+
+/** Loads `portableTile` rows of a tensor into workgroup memory; `at(r)` is the row in units of one head vector. */
+export function portableLoad(tile: string, x: string, hd: number, at: (r: string) => string): string {
+  const quads = hd / 4;
+  return `for (var e = lane; e < ${portableTile * quads}u; e += ${portableThreads}u) {
+    let r = e / ${quads}u;
+    ${tile}[e] = ${x}_load4(${at('r')} * ${quads}u + e % ${quads}u);
+  }`;
+}
+
+/**
+ * Portable tier, for the rows r < `live` of a tile: puts the thread's part of the dot product with row r into `exchange`
+ * (column `lane`). A loop, not unrolled, as software devices take very long to compile unrolled workgroup loads.
+ */
+export function portableDot(own: string, tile: string, exchange: string, hd: number): string {
+  const parts = partsOf(hd);
+  const terms = range(hd / 4 / parts).map((i) => `dot(${own}${i}, ${tile}[r * ${hd / 4}u + ${i * parts}u + part])`);
+  return `for (var r = 0u; r < live; r++) { ${exchange}[r * ${portableThreads}u + lane] = ${terms.join(' + ')}; }`;
+}
+
+/** The dot product with row r from all threads of the row, in the same order in each of them. */
+export function portableSum(exchange: string, hd: number): string {
+  return `(${range(partsOf(hd))
+    .map((p) => `${exchange}[r * ${portableThreads}u + lane - part + ${p}u]`)
+    .join(' + ')})`;
+}
+
+/** `acc{i} += p * row r of the tile`. */
+export function portableAccumulate(acc: string, p: string, tile: string, hd: number): string {
+  const parts = partsOf(hd);
+  return lines(
+    range(hd / 4 / parts),
+    (i) => `${acc}${i} = fma(vec4<f32>(${p}), ${tile}[r * ${hd / 4}u + ${i * parts}u + part], ${acc}${i});`,
+  );
+}
