@@ -1,0 +1,188 @@
+/** From a run file to tokenised examples: rows, their split, the template, the special tokens. Needs no device. */
+import type { AddedToken, Tokenizer } from '@lorikeet/mistral';
+import {
+  type PromptTemplate,
+  resolveTemplate,
+  type TokenizedDataset,
+  type TokenizeOptions,
+  tokenizeExamples,
+  trainTestSplit,
+} from '@lorikeet/trainer';
+import type { Config, SpecialTokens } from './config.js';
+import type { CommandContext } from './context.js';
+import { type PlacedRow, readDataRows } from './data-files.js';
+import { UsageError } from './errors.js';
+import { resolveDataset } from './hub.js';
+import { type HubFlags, hubOptions } from './session.js';
+import { formatBytes } from './text.js';
+
+/** The rows of a run. */
+export interface RunRows {
+  readonly train: readonly PlacedRow[];
+  /** Empty when nothing is held out. */
+  readonly validation: readonly PlacedRow[];
+  /** Where the validation rows come from. */
+  readonly validationSource: 'file' | 'dataset' | 'split' | 'none';
+}
+
+/** Reads data files with progress. */
+export async function readRows(context: CommandContext, paths: readonly string[]): Promise<PlacedRow[]> {
+  const progress = context.ui.progress('reading', { format: formatBytes });
+  try {
+    return await readDataRows(paths, { signal: context.signal, onProgress: (bytes) => progress.update(bytes) });
+  } finally {
+    progress.done();
+  }
+}
+
+const asList = (value: string | readonly string[]): readonly string[] => (typeof value === 'string' ? [value] : value);
+
+/**
+ * The training and validation rows of a run. Validation rows are those of `validation_file`, else the data set's own
+ * validation split, else a seeded share of the training rows.
+ * @throws UsageError when the run names no data; CliError naming file and line of a broken row
+ */
+export async function loadRows(context: CommandContext, config: Config, flags: HubFlags = {}): Promise<RunRows> {
+  let trainFiles: readonly string[];
+  let ownValidation: readonly string[] = [];
+  if (config.dataset_name !== null) {
+    const hub = hubOptions(context, { cacheDir: config.cache_dir, offline: flags.offline });
+    try {
+      const files = await resolveDataset(config.dataset_name, {
+        ...hub,
+        configName: config.dataset_config_name ?? undefined,
+      });
+      trainFiles = files.train;
+      ownValidation = files.validation;
+    } finally {
+      hub.done();
+    }
+    if (trainFiles.length === 0) {
+      throw new UsageError(`the data set ${config.dataset_name} has no training split`, {
+        fix: 'Give the file to train on as train_file.',
+      });
+    }
+  } else if (config.train_file !== null) trainFiles = asList(config.train_file);
+  else {
+    throw new UsageError('the run names no training data', { fix: 'Set train_file, or dataset_name.' });
+  }
+  const rows = await readRows(context, trainFiles);
+  if (config.validation_file !== null) {
+    const validation = await readRows(context, asList(config.validation_file));
+    return { train: rows, validation, validationSource: 'file' };
+  }
+  if (ownValidation.length > 0) {
+    return { train: rows, validation: await readRows(context, ownValidation), validationSource: 'dataset' };
+  }
+  if (config.validation_split === 0) return { train: rows, validation: [], validationSource: 'none' };
+  if (rows.length < 2) {
+    context.ui.note('the data has one row, so nothing is held out for validation');
+    return { train: rows, validation: [], validationSource: 'none' };
+  }
+  const { train, test } = trainTestSplit(rows, config.validation_split, config.data_seed ?? config.seed);
+  return { train, validation: test, validationSource: 'split' };
+}
+
+/** The template that the run and its data ask for. */
+export function runTemplate(
+  config: Pick<Config, 'prompt_template' | 'response_template' | 'special_tokens'>,
+  columns: readonly string[],
+): PromptTemplate {
+  const template = config.prompt_template ?? undefined;
+  const { bos_token, eos_token, pad_token, additional_special_tokens } = config.special_tokens;
+  const tokens = [bos_token, eos_token, pad_token, ...additional_special_tokens].filter((token) => token !== null);
+  return resolveTemplate({
+    promptTemplate: template,
+    responseTemplate: config.response_template ?? undefined,
+    specialTokens: tokens.filter((token) => template?.includes(token) === true),
+    columns,
+  });
+}
+
+/** The tokenizer with the special tokens of a run, and the tokens that are new to it. */
+export function withSpecialTokens(
+  tokenizer: Tokenizer,
+  tokens: SpecialTokens,
+): { readonly tokenizer: Tokenizer; readonly added: readonly AddedToken[] } {
+  const { bos_token, eos_token, pad_token, additional_special_tokens: additional } = tokens;
+  return tokenizer.addSpecialTokens({
+    ...(bos_token === null ? {} : { bos_token }),
+    ...(eos_token === null ? {} : { eos_token }),
+    ...(pad_token === null ? {} : { pad_token }),
+    ...(additional.length === 0 ? {} : { additional_special_tokens: additional }),
+  });
+}
+
+/** Everything that training needs of its data. */
+export interface RunData {
+  readonly rows: RunRows;
+  readonly template: PromptTemplate;
+  /** With the special tokens of the run. */
+  readonly tokenizer: Tokenizer;
+  /** Tokens that the model has no rows for yet. */
+  readonly added: readonly AddedToken[];
+  /** How rows become tokens; for previews. */
+  readonly options: TokenizeOptions;
+  readonly train: TokenizedDataset;
+  /** Absent when nothing is held out. */
+  readonly validation: TokenizedDataset | undefined;
+}
+
+/** How the rows of a run become tokens, before any row is tokenised. */
+export function tokenizeOptions(
+  config: Config,
+  base: Tokenizer,
+  columns: readonly string[],
+): { readonly options: TokenizeOptions; readonly tokenizer: Tokenizer; readonly added: readonly AddedToken[] } {
+  const template = runTemplate(config, columns);
+  const { tokenizer, added } = withSpecialTokens(base, config.special_tokens);
+  const options: TokenizeOptions = {
+    tokenizer,
+    template,
+    maxLength: config.max_length,
+    overlong: config.overlong,
+    completionOnlyLoss: config.completion_only_loss ?? true,
+  };
+  return { options, tokenizer, added };
+}
+
+/** Tokenises rows with progress; what was dropped, cut or odd is warned of. */
+export function tokenizeRows(
+  context: CommandContext,
+  rows: readonly PlacedRow[],
+  options: TokenizeOptions,
+  what: string,
+): TokenizedDataset {
+  const progress = context.ui.progress(`tokenising ${what}`, { total: rows.length });
+  try {
+    const dataset = tokenizeExamples(rows, {
+      ...options,
+      onProgress: (done) => {
+        context.signal.throwIfAborted();
+        progress.update(done);
+      },
+    });
+    for (const warning of dataset.report.warnings) context.ui.warn(`${what}: ${warning}`);
+    return dataset;
+  } finally {
+    progress.done();
+  }
+}
+
+/**
+ * Reads, splits and tokenises the data of a run.
+ * @throws DataError with every row that cannot be trained on
+ */
+export async function loadRunData(
+  context: CommandContext,
+  config: Config,
+  base: Tokenizer,
+  flags: HubFlags = {},
+): Promise<RunData> {
+  const rows = await loadRows(context, config, flags);
+  const { options, tokenizer, added } = tokenizeOptions(config, base, Object.keys(rows.train[0].fields));
+  const train = tokenizeRows(context, rows.train, options, 'training rows');
+  const validation =
+    rows.validation.length === 0 ? undefined : tokenizeRows(context, rows.validation, options, 'validation rows');
+  return { rows, template: options.template, tokenizer, added, options, train, validation };
+}
