@@ -59,6 +59,8 @@ export { gatherRows, gatherRowsOp } from './ops/gather-rows.js';
 export { loraLinear, loraLinearOp, type LoraLinearOptions } from './ops/lora-linear.js';
 export { mul, mulOp } from './ops/mul.js';
 export { philox } from './ops/philox.js';
+export { replaceColumns, replaceColumnsOp } from './ops/replace-columns.js';
+export { replaceRows, replaceRowsOp } from './ops/replace-rows.js';
 export { rmsNorm, rmsNormOp, type RmsNormOptions } from './ops/rms-norm.js';
 export { scale, scaleOp } from './ops/scale.js';
 export { silu, siluOp } from './ops/silu.js';
