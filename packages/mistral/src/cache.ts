@@ -1,24 +1,46 @@
 /** Keys and values of the tokens so far, for generation. */
-import { defineKernel, type Device, keep, LorikeetError, type Tensor } from '@lorikeet/tensor';
+import {
+  defineKernel,
+  type Device,
+  gatherRows,
+  keep,
+  LorikeetError,
+  reshape,
+  scope,
+  type Tensor,
+} from '@lorikeet/tensor';
 import type { MistralConfig } from './config.js';
 
-const append = defineKernel({
-  name: 'cache_append',
-  bindings: { x: 'read', cache: 'update' },
+const copyKernel = defineKernel({
+  name: 'copy_into',
+  bindings: { x: 'read', target: 'update' },
   params: { quads: 'u32', row_quads: 'u32', capacity_quads: 'u32', at_quads: 'u32' },
   workgroupSize: 64,
   body: `
 fn kernel(group: u32, lane: u32) {
   let i = group * WORKGROUP + lane;
   if (i >= P.quads) { return; }
-  cache_store4((i / P.row_quads) * P.capacity_quads + P.at_quads + i % P.row_quads, x_load4(i));
+  target_store4((i / P.row_quads) * P.capacity_quads + P.at_quads + i % P.row_quads, x_load4(i));
 }`,
 });
 
+/** Copies x [B, T, ...] into `target` [B, capacity, ...], from place `at` of its second axis on. Both of one dtype. */
+export function copyInto(x: Tensor, target: Tensor, at: number): void {
+  const [B, T] = x.shape;
+  const quads = (x.rows * x.pitch) / 4;
+  const one = quads / (B * T);
+  x.device.dispatch(
+    copyKernel,
+    { x, target },
+    { quads, row_quads: T * one, capacity_quads: target.shape[1] * one, at_quads: at * one },
+    Math.ceil(quads / 64),
+  );
+}
+
 /** One layer's keys and values, [B, capacity, G, head_dim] each. */
 export class LayerCache {
-  readonly k: Tensor;
-  readonly v: Tensor;
+  k: Tensor;
+  v: Tensor;
   length = 0;
 
   constructor(k: Tensor, v: Tensor) {
@@ -28,25 +50,36 @@ export class LayerCache {
 
   /** Writes the keys and values [B, T, G, head_dim] of the next T tokens and gives those of all tokens. */
   append(k: Tensor, v: Tensor): [Tensor, Tensor] {
-    const [B, T, G, d] = k.shape;
+    const T = k.shape[1];
     const capacity = this.k.shape[1];
     if (this.length + T > capacity) {
       throw new LorikeetError(`KV cache: ${this.length} + ${T} tokens do not fit its capacity of ${capacity}`);
     }
-    for (const [x, cache] of [
-      [k, this.k],
-      [v, this.v],
-    ]) {
-      const row = (G * d) / 4;
-      const quads = B * T * row;
-      x.device.dispatch(
-        append,
-        { x, cache },
-        { quads, row_quads: T * row, capacity_quads: capacity * row, at_quads: this.length * row },
-        Math.ceil(quads / 64),
-      );
-    }
+    copyInto(k, this.k, this.length);
+    copyInto(v, this.v, this.length);
     return [this.k, this.v];
+  }
+
+  /** Keeps the rows of the batch that `index`, i32 [M], names, in its order; the others are freed. */
+  select(index: Tensor): void {
+    const pick = (x: Tensor): Tensor => {
+      const [B, ...token] = x.shape;
+      const rows = gatherRows(reshape(x, [B, x.size / B]), index);
+      return keep(reshape(rows, [index.size, ...token]));
+    };
+    scope(() => {
+      for (const name of ['k', 'v'] as const) {
+        const old = this[name];
+        this[name] = pick(old);
+        old.dispose();
+      }
+    });
+  }
+
+  /** Frees keys and values. */
+  dispose(): void {
+    this.k.dispose();
+    this.v.dispose();
   }
 }
 
@@ -54,14 +87,20 @@ export class LayerCache {
 export class KvCache {
   readonly layers: readonly LayerCache[];
   readonly capacity: number;
+  readonly #device: Device;
 
   constructor(device: Device, config: MistralConfig, batch: number, capacity: number, dtype: 'f32' | 'f16') {
     const shape = [batch, capacity, config.num_key_value_heads, config.head_dim];
+    this.#device = device;
     this.capacity = capacity;
-    this.layers = Array.from(
-      { length: config.num_hidden_layers },
-      () => new LayerCache(keep(device.zeros(shape, dtype)), keep(device.zeros(shape, dtype))),
-    );
+    // In a scope, so that what was made is freed where a later layer finds no room.
+    this.layers = scope(() => {
+      const pairs = Array.from({ length: config.num_hidden_layers }, (): [Tensor, Tensor] => [
+        device.zeros(shape, dtype),
+        device.zeros(shape, dtype),
+      ]);
+      return keep(pairs);
+    }).map(([k, v]) => new LayerCache(k, v));
   }
 
   /** Counts `tokens` as written; the model calls it when every layer has appended them. */
@@ -69,11 +108,16 @@ export class KvCache {
     for (const layer of this.layers) layer.length += tokens;
   }
 
+  /** Keeps these rows of the batch, in this order, and frees the others. Takes one layer's memory more for the moment. */
+  select(rows: readonly number[]): void {
+    scope(() => {
+      const index = this.#device.fromArray(rows, [rows.length], 'i32');
+      for (const layer of this.layers) layer.select(index);
+    });
+  }
+
   /** Frees keys and values. */
   dispose(): void {
-    for (const { k, v } of this.layers) {
-      k.dispose();
-      v.dispose();
-    }
+    for (const layer of this.layers) layer.dispose();
   }
 }
