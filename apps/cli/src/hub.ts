@@ -4,7 +4,6 @@
  * Python tools use (`models--org--name/{blobs,refs,snapshots}`), so that both share one copy.
  */
 import { createHash, type Hash, randomBytes } from 'node:crypto';
-import { createReadStream } from 'node:fs';
 import {
   copyFile,
   type FileHandle,
@@ -20,10 +19,11 @@ import {
   statfs,
   symlink,
 } from 'node:fs/promises';
-import { homedir } from 'node:os';
-import { dirname, isAbsolute, join, relative, resolve, sep } from 'node:path';
+import { homedir, hostname } from 'node:os';
+import { basename, dirname, isAbsolute, join, relative, resolve, sep } from 'node:path';
 import { pipeline } from 'node:stream/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { threadId } from 'node:worker_threads';
 import { datasetInfo, listFiles, modelInfo } from '@huggingface/hub';
 import { chooseDataFiles, type DatasetFiles } from './dataset-splits.js';
 import { CliError, errorCode, errorMessage, fileError } from './errors.js';
@@ -89,12 +89,19 @@ interface Settings {
   readonly options: HubOptions;
 }
 
+function hubHome(env: NonNullable<HubOptions['env']>): string {
+  return env['HF_HOME'] ?? join(env['XDG_CACHE_HOME'] ?? join(homedir(), '.cache'), 'huggingface');
+}
+
+/** Where downloads are kept. */
+export function cacheFolder(options: Pick<HubOptions, 'cacheDir' | 'env'> = {}): string {
+  const env = options.env ?? process.env;
+  const chosen = options.cacheDir ?? env['HF_HUB_CACHE'] ?? env['HUGGINGFACE_HUB_CACHE'] ?? join(hubHome(env), 'hub');
+  return resolve(expandHome(chosen));
+}
+
 async function settings(options: HubOptions): Promise<Settings> {
   const env = options.env ?? process.env;
-  const home = env['HF_HOME'] ?? join(env['XDG_CACHE_HOME'] ?? join(homedir(), '.cache'), 'huggingface');
-  const cacheDir = expandHome(
-    options.cacheDir ?? env['HF_HUB_CACHE'] ?? env['HUGGINGFACE_HUB_CACHE'] ?? join(home, 'hub'),
-  );
   const endpoint = (options.endpoint ?? env['HF_ENDPOINT'] ?? 'https://huggingface.co').replace(/\/+$/, '');
   if (!/^https?:\/\/[^/]/.test(endpoint) || !URL.canParse(endpoint)) {
     throw new CliError(`${quoted(endpoint)} is not the address of a server`, {
@@ -107,8 +114,8 @@ async function settings(options: HubOptions): Promise<Settings> {
     options.token ??
     (env['HF_TOKEN'] || undefined) ??
     (env['HUGGING_FACE_HUB_TOKEN'] || undefined) ??
-    (offline ? undefined : await tokenFile(expandHome(env['HF_TOKEN_PATH'] ?? join(home, 'token'))));
-  return { endpoint, cacheDir: resolve(cacheDir), token: token?.trim(), offline, options };
+    (offline ? undefined : await tokenFile(expandHome(env['HF_TOKEN_PATH'] ?? join(hubHome(env), 'token'))));
+  return { endpoint, cacheDir: cacheFolder(options), token: token?.trim(), offline, options };
 }
 
 /** The token that `huggingface-cli login` left, if any. */
@@ -505,10 +512,8 @@ async function fetchFiles(
     const url = `${hub.endpoint}/${prefix}${id}/resolve/${commit}/${file.path.split('/').map(encodeURIComponent).join('/')}`;
     const blob = join(storage, 'blobs', file.etag);
     await mkdir(dirname(blob), { recursive: true });
-    if ((await sizeOf(blob)) !== file.size) {
-      await rm(blob, { force: true });
-      await download(hub, url, file, blob, report);
-    }
+    // A blob of another size is replaced by the rename: removing it first could hit the whole one of another process.
+    if ((await sizeOf(blob)) !== file.size) await download(hub, url, file, blob, report);
     await place(blob, join(folder, file.path));
     report(file.size);
     doneBytes += file.size;
@@ -526,8 +531,10 @@ async function sizeOf(path: string): Promise<number | undefined> {
 
 async function checkRoom(storage: string, todo: readonly RemoteFile[]): Promise<void> {
   let needed = 0;
-  for (const file of todo)
-    needed += file.size - ((await sizeOf(join(storage, 'blobs', `${file.etag}.incomplete`))) ?? 0);
+  for (const file of todo) {
+    const left = (await leftBehind(join(storage, 'blobs', file.etag))).at(0);
+    needed += file.size - Math.min(file.size, left?.size ?? 0);
+  }
   if (needed < 1e6) return;
   await mkdir(storage, { recursive: true });
   const room = await statfs(storage).then(
@@ -559,10 +566,79 @@ async function place(blob: string, target: string): Promise<void> {
 /** The transfer itself failed in a way that another attempt may mend. */
 class TransferError extends Error {}
 
+/** Partial files that downloads of this thread are writing now. */
+const partialsInUse = new Set<string>();
+/** Milliseconds without a write after which a partial file is nobody's, whoever its name says it belongs to. */
+const abandonedMs = 3_600_000;
+/** Tells machines apart that share a cache over the network. */
+const machine = createHash('sha256').update(hostname()).digest('hex').slice(0, 8);
+
 /**
- * Downloads one file into `blob`. What an earlier attempt or run left in `blob.incomplete` is continued with a Range
- * request; bytes are written at their own place in the file, so that two processes that fetch the same file write the
- * same bytes and neither harms the other.
+ * A new name for a partial file, `<blob>.<machine>-<process>-<thread>-<random>.incomplete`: others can tell by it a
+ * download that runs from one that was killed.
+ */
+function partialName(blob: string): string {
+  return `${blob}.${machine}-${process.pid}-${threadId}-${randomBytes(4).toString('hex')}.incomplete`;
+}
+
+/** Whether no download is writing a partial file any more. */
+async function isAbandoned(path: string): Promise<boolean> {
+  const owner = /\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.incomplete$/.exec(path);
+  if (owner !== null && owner[1] === machine) {
+    const [pid, thread] = [Number(owner[2]), Number(owner[3])];
+    if (pid === process.pid && thread === threadId) return !partialsInUse.has(path);
+    if (pid !== process.pid && !isAlive(pid)) return true;
+  }
+  // Another machine's, the Python tools' own (`<blob>.incomplete`), or one whose process lives; but the numbers of
+  // processes are used again.
+  const info = await stat(path).catch(() => undefined);
+  return info !== undefined && Date.now() - info.mtimeMs > abandonedMs;
+}
+
+function isAlive(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch (error) {
+    return errorCode(error) !== 'ESRCH';
+  }
+}
+
+/** Partial files of a blob that nobody is writing, the largest first. */
+async function leftBehind(blob: string): Promise<{ path: string; size: number }[]> {
+  const names = await readdir(dirname(blob)).catch((): string[] => []);
+  const found: { path: string; size: number }[] = [];
+  for (const name of names) {
+    if (!name.startsWith(`${basename(blob)}.`) || !name.endsWith('.incomplete')) continue;
+    const path = join(dirname(blob), name);
+    const size = await sizeOf(path);
+    if (size !== undefined && (await isAbandoned(path))) found.push({ path, size });
+  }
+  return found.sort((a, b) => b.size - a.size);
+}
+
+/**
+ * Opens the partial file of one download: what an earlier run left, or an empty one. Taking over is a rename, in which
+ * one of several takers succeeds, so no two downloads write the same file.
+ * @param path a new name, which is in {@link partialsInUse}
+ */
+async function openPartial(blob: string, path: string): Promise<FileHandle> {
+  for (const left of await leftBehind(blob)) {
+    try {
+      await rename(left.path, path);
+    } catch (error) {
+      if (errorCode(error) === 'ENOENT') continue;
+      throw error;
+    }
+    return open(path, 'r+');
+  }
+  return open(path, 'wx+');
+}
+
+/**
+ * Downloads one file into `blob`. Bytes go into a partial file of this download's own, which is renamed when it is whole
+ * and its hash is right. What a broken-off run left is continued with a Range request; a file that somebody else is
+ * fetching at the moment is fetched a second time, and either copy may become the blob.
  */
 async function download(
   hub: Settings,
@@ -571,23 +647,64 @@ async function download(
   blob: string,
   report: (bytes: number) => void,
 ): Promise<void> {
-  const incomplete = `${blob}.incomplete`;
+  const path = partialName(blob);
+  partialsInUse.add(path);
+  try {
+    const handle = await onDisk(path, () => openPartial(blob, path));
+    let state: 'whole' | 'needless' | 'empty' | 'partial' = 'partial';
+    try {
+      state = await fetchWhole(hub, url, file, blob, handle, report);
+    } finally {
+      // What has arrived stays, and the next run takes it over; nothing is not worth a file.
+      if (state === 'partial' && (await handle.stat()).size === 0) state = 'empty';
+      await handle.close();
+      if (state === 'needless' || state === 'empty') await rm(path, { force: true });
+    }
+    if (state === 'whole') await putInPlace(path, blob, file);
+    for (const left of await leftBehind(blob)) await rm(left.path, { force: true });
+  } finally {
+    partialsInUse.delete(path);
+  }
+}
+
+async function putInPlace(path: string, blob: string, file: RemoteFile): Promise<void> {
+  try {
+    await rename(path, blob);
+  } catch (error) {
+    // Windows replaces no file that is open elsewhere; then another process made it, with the same bytes.
+    if ((await sizeOf(blob)) !== file.size) throw fileError(error, blob, 'cannot write the download');
+    await rm(path, { force: true });
+  }
+}
+
+/**
+ * Brings all bytes of a file into `handle`, in as many attempts as make progress, and checks their hash.
+ * @returns `needless` when another process has made the blob meanwhile
+ */
+async function fetchWhole(
+  hub: Settings,
+  url: string,
+  file: RemoteFile,
+  blob: string,
+  handle: FileHandle,
+  report: (bytes: number) => void,
+): Promise<'whole' | 'needless'> {
   let restarted = false;
   let failures = 0;
   for (;;) {
     hub.options.signal?.throwIfAborted();
-    const handle = await onDisk(incomplete, () => openKept(incomplete));
+    if ((await sizeOf(blob)) === file.size) return 'needless';
     const before = Math.min((await handle.stat()).size, file.size);
     try {
       await transfer(hub, url, file, handle, before, report);
-      await onDisk(incomplete, async () => {
+      await onDisk(blob, async () => {
         await handle.truncate(file.size);
         await handle.sync();
       });
     } catch (error) {
       if (hub.options.signal?.aborted) throw hub.options.signal.reason;
       if (!retryable(error)) throw error;
-      const after = (await sizeOf(incomplete)) ?? 0;
+      const after = (await handle.stat()).size;
       failures = after > before ? 0 : failures + 1;
       if (failures >= maxAttempts) {
         throw new CliError(
@@ -601,18 +718,10 @@ async function download(
       }
       await pause(hub, failures, error);
       continue;
-    } finally {
-      await handle.close();
     }
-    const found = await hashOf(incomplete, file);
-    if (found === undefined || found === file.check?.hex) {
-      await rename(incomplete, blob).catch(async (error: unknown) => {
-        // Another process finished the same file first.
-        if ((await sizeOf(blob)) !== file.size) throw fileError(error, blob, 'cannot write the download');
-      });
-      return;
-    }
-    await rm(incomplete, { force: true });
+    const found = await hashOf(handle, file);
+    if (found === undefined || found === file.check?.hex) return 'whole';
+    await onDisk(blob, () => handle.truncate(0));
     if (restarted) {
       throw new CliError(
         `${file.path} arrived damaged twice: its ${file.check?.algorithm} is ${found}, not ${file.check?.hex}`,
@@ -624,16 +733,6 @@ async function download(
     }
     restarted = true;
     hub.options.onNote?.(`${file.path} arrived damaged and is fetched again`);
-  }
-}
-
-/** Opens a file for reading and writing at any place, keeping what is in it. */
-async function openKept(path: string): Promise<FileHandle> {
-  try {
-    return await open(path, 'r+');
-  } catch (error) {
-    if (errorCode(error) !== 'ENOENT') throw error;
-    return open(path, 'w+');
   }
 }
 
@@ -707,7 +806,7 @@ async function writeAll(handle: FileHandle, bytes: Uint8Array, position: number)
 }
 
 /** The hash that the server listed for this kind of file, computed from disk; undefined when it listed none. */
-async function hashOf(path: string, file: RemoteFile): Promise<string | undefined> {
+async function hashOf(handle: FileHandle, file: RemoteFile): Promise<string | undefined> {
   if (file.check === undefined) return undefined;
   let hash: Hash;
   if (file.check.algorithm === 'sha256') hash = createHash('sha256');
@@ -715,7 +814,7 @@ async function hashOf(path: string, file: RemoteFile): Promise<string | undefine
     hash = createHash('sha1');
     hash.update(`blob ${file.size}\0`);
   }
-  await pipeline(createReadStream(path, { highWaterMark: 1 << 20 }), hash);
+  await pipeline(handle.createReadStream({ start: 0, autoClose: false, highWaterMark: 1 << 20 }), hash);
   return hash.digest('hex');
 }
 
