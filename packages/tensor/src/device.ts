@@ -51,8 +51,12 @@ export interface DeviceInfo {
   /** True for a software device. */
   readonly fallback: boolean;
   readonly features: readonly string[];
+  /** Everything that the adapter has, also what was not asked for. */
+  readonly adapterFeatures: readonly string[];
   /** Lanes of a subgroup when the `subgroups` feature is on and their number is fixed, else 0. */
   readonly subgroupSize: number;
+  /** Least and largest number of lanes of the adapter's subgroups; 0 where it has none. */
+  readonly subgroupSizes: readonly [number, number];
 }
 
 // WebGPU's numeric constants; they are globals in a browser only.
@@ -101,7 +105,7 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
       { cause },
     );
   }
-  return new Device(device, adapter.info, options);
+  return new Device(device, adapter, options);
 }
 
 /** A WebGPU device. Open one with `openDevice`. */
@@ -142,7 +146,8 @@ export class Device {
   };
 
   /** @internal Use `openDevice`. */
-  constructor(device: GPUDevice, info: GPUAdapterInfo, options: DeviceOptions) {
+  constructor(device: GPUDevice, adapter: GPUAdapter, options: DeviceOptions) {
+    const { info } = adapter;
     this.#device = device;
     this.#poison = options.poison === true;
     this.limits = device.limits;
@@ -154,7 +159,11 @@ export class Device {
       description: info.description,
       fallback: info.isFallbackAdapter,
       features: [...device.features].sort(),
+      adapterFeatures: [...adapter.features].sort(),
       subgroupSize: device.features.has('subgroups') ? fixed : 0,
+      subgroupSizes: adapter.features.has('subgroups')
+        ? [info.subgroupMinSize ?? 0, info.subgroupMaxSize ?? 0]
+        : [0, 0],
     };
     this.#pool = new BufferPool(device, options.memoryLimit ?? Infinity, (id) => this.#forget(id));
     this.#uniforms = device.createBuffer({
