@@ -169,11 +169,14 @@ export class Adapter {
   async save(folder: SinkFolder): Promise<void> {
     const entries = await this.entries();
     const config = await folder.create('adapter_config.json');
+    const weights = await folder.create('adapter_model.safetensors');
     try {
       await config.write(new TextEncoder().encode(serializeAdapterConfig(this.config)));
-      await writeSafetensors(await folder.create('adapter_model.safetensors'), entries);
+      await writeSafetensors(weights, entries);
+      await weights.close();
       await config.close();
     } catch (error) {
+      await weights.abort();
       await config.abort();
       throw error;
     }
