@@ -2,7 +2,6 @@
  * The command line itself: commands, flags, help, and how errors and interruptions end a run. Each command is one file
  * of commands/, loaded only when it is called.
  */
-import { readFileSync } from 'node:fs';
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import pc from 'picocolors';
 import { z } from 'zod';
@@ -10,18 +9,12 @@ import type { CommandContext } from './context.js';
 import { CliError, EXIT, InterruptedError } from './errors.js';
 import { type SignalSource, watchInterrupt } from './interrupt.js';
 import { colorsWanted, type Io, Ui } from './ui.js';
+import { version } from './version.js';
 
 /** What {@link runCli} stands on; tests give their own. */
 export interface RunOptions {
   readonly io?: Io;
   readonly signals?: SignalSource;
-}
-
-const versionFile = z.object({ version: z.string() });
-
-/** The version of the package that this file belongs to, in src and in dist. */
-function version(): string {
-  return versionFile.parse(JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8'))).version;
 }
 
 const flags = z.object({ json: z.boolean().default(false), debug: z.boolean().default(false) });
@@ -191,7 +184,8 @@ lorikeet train -c run.yaml --json > log.jsonl    one JSON object a log step`,
     .argument('[key=value...]', 'keys of the run file, dotted where they are nested; values are YAML')
     .option('-c, --config <file>', 'run file (YAML)')
     .option('--dry-run', 'print the resolved run and stop')
-    .option('--resume [checkpoint]', 'go on from the latest or the given checkpoint')
+    .option('--resume [checkpoint]', 'go on from the latest or the given checkpoint (not supported yet)')
+    .option('--overwrite', 'replace the run that output_dir holds')
     .addOption(dtypeOption())
     .action(async (overrides: string[], _options: unknown, command: Command) => {
       await run(command, async (context) => {

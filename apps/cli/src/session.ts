@@ -216,6 +216,7 @@ export async function loadModel(
   options: LoadModelOptions = {},
 ): Promise<Mistral> {
   const { ui, signal } = context;
+  const { vocabSize = 0 } = options;
   const file = await openCheckpointFolder(files.folder);
   let progress: Progress | undefined;
   try {
@@ -227,7 +228,7 @@ export async function loadModel(
         progress ??= ui.progress('loading', { total, format: formatBytes });
         progress.update(done);
       },
-      ...(options.vocabSize === undefined ? {} : { vocabSize: options.vocabSize }),
+      ...(vocabSize > files.config.vocab_size ? { vocabSize } : {}),
     };
     return await loadMistral(device, files.config, file, load);
   } finally {
@@ -243,25 +244,25 @@ export interface SessionFlags extends HubFlags, DeviceFlags {
   readonly dtype?: ConfigDType | undefined;
 }
 
-/** A model that is ready to run. */
-export interface Session {
-  readonly device: Device;
+/** The files that a command works with, before the device is asked for anything. */
+export interface SessionFiles {
   readonly files: ModelFiles;
-  readonly model: Mistral;
+  readonly adapterFiles: AdapterFiles | undefined;
   /** The adapter's own where it has one, else the model's. */
   readonly tokenizer: Tokenizer | undefined;
+}
+
+/** A model that is ready to run. */
+export interface Session extends SessionFiles {
+  readonly device: Device;
+  readonly model: Mistral;
   readonly adapter: Adapter | undefined;
-  readonly adapterFiles: AdapterFiles | undefined;
-  /** Frees the model and ends the device. */
+  /** Ends the device, and with it frees the model. */
   close(): void;
 }
 
 /** Rows that embedding and head must have for a tokenizer and an adapter's trained rows. */
-export function neededVocabSize(
-  config: MistralConfig,
-  tokenizer: Tokenizer | undefined,
-  adapter?: LoraConfig,
-): number {
+export function neededVocabSize(config: MistralConfig, tokenizer: Tokenizer | undefined, adapter?: LoraConfig): number {
   const indices = adapter?.trainable_token_indices ?? null;
   const lists: readonly (readonly number[])[] =
     indices === null ? [] : isList(indices) ? [indices] : Object.values(indices);
@@ -273,28 +274,26 @@ function isList(value: readonly number[] | Readonly<Record<string, readonly numb
   return Array.isArray(value);
 }
 
-/** Opens a model with its adapter: files first, so that a wrong name is told before the device is asked. */
-export async function openSession(context: CommandContext, flags: SessionFlags): Promise<Session> {
+/** Finds and reads what the flags name, so that a wrong name or broken data is told before a model is loaded. */
+export async function readSession(context: CommandContext, flags: SessionFlags): Promise<SessionFiles> {
   const files = await readModelFiles(context, flags.model, flags);
   const adapterFiles = flags.adapter === undefined ? undefined : await readAdapterFiles(context, flags.adapter, flags);
-  const tokenizer = adapterFiles?.tokenizer ?? files.tokenizer;
+  return { files, adapterFiles, tokenizer: adapterFiles?.tokenizer ?? files.tokenizer };
+}
+
+/**
+ * Opens the device and loads a model with its adapter. Embedding and head get the rows that the tokenizer and the
+ * adapter need.
+ */
+export async function openSession(context: CommandContext, flags: SessionFlags, read?: SessionFiles): Promise<Session> {
+  const found = read ?? (await readSession(context, flags));
+  const { files, adapterFiles, tokenizer } = found;
   const vocabSize = neededVocabSize(files.config, tokenizer, adapterFiles?.config);
   const device = await openCommandDevice(flags);
   try {
-    const model = await loadModel(context, device, files, {
-      dtype: flags.dtype,
-      ...(vocabSize > files.config.vocab_size ? { vocabSize } : {}),
-    });
+    const model = await loadModel(context, device, files, { dtype: flags.dtype, vocabSize });
     const adapter = adapterFiles === undefined ? undefined : await loadAdapter(model, openFolder(adapterFiles.folder));
-    return {
-      device,
-      files,
-      model,
-      tokenizer,
-      adapter,
-      adapterFiles,
-      close: () => device.destroy(),
-    };
+    return { ...found, device, model, adapter, close: () => device.destroy() };
   } catch (error) {
     device.destroy();
     throw error;

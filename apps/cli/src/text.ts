@@ -64,3 +64,8 @@ export function formatNumber(value: number, digits = 3): string {
   if (size >= 1000) return formatCount(value);
   return Number(value.toPrecision(digits)).toString();
 }
+
+/** A text as one word of a shell command line. */
+export function shellQuoted(text: string): string {
+  return /^[\w@%+=:,./~-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
+}
