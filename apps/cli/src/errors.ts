@@ -44,6 +44,14 @@ export class UsageError extends CliError {
   }
 }
 
+/**
+ * What a report that is printed already has found. With `--json` nothing follows the report then: it says the same, and
+ * its reader expects one object.
+ */
+export class ReportedError extends CliError {
+  override readonly name: string = 'ReportedError';
+}
+
 /** The user stopped the command: exit code 130. */
 export class InterruptedError extends CliError {
   override readonly name: string = 'InterruptedError';
