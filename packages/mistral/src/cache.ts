@@ -13,14 +13,14 @@ import type { MistralConfig } from './config.js';
 
 const copyKernel = defineKernel({
   name: 'copy_into',
-  bindings: { x: 'read', target: 'update' },
+  bindings: { x: 'read', room: 'update' },
   params: { quads: 'u32', row_quads: 'u32', capacity_quads: 'u32', at_quads: 'u32' },
   workgroupSize: 64,
   body: `
 fn kernel(group: u32, lane: u32) {
   let i = group * WORKGROUP + lane;
   if (i >= P.quads) { return; }
-  target_store4((i / P.row_quads) * P.capacity_quads + P.at_quads + i % P.row_quads, x_load4(i));
+  room_store4((i / P.row_quads) * P.capacity_quads + P.at_quads + i % P.row_quads, x_load4(i));
 }`,
 });
 
@@ -31,7 +31,7 @@ export function copyInto(x: Tensor, target: Tensor, at: number): void {
   const one = quads / (B * T);
   x.device.dispatch(
     copyKernel,
-    { x, target },
+    { x, room: target },
     { quads, row_quads: T * one, capacity_quads: target.shape[1] * one, at_quads: at * one },
     Math.ceil(quads / 64),
   );

@@ -65,11 +65,15 @@ class NewRows {
   /** Takes the next rows, whole ones, for the mean. */
   addToMean(rows: Float32Array, first: boolean): void {
     const width = this.#width;
-    if (first) this.#first.set(rows.subarray(0, width));
+    const mean = this.#mean;
+    const varies = this.#varies;
+    const firstRow = this.#first;
+    if (first) firstRow.set(rows.subarray(0, width));
     for (let base = 0; base < rows.length; base += width) {
       for (let d = 0; d < width; d++) {
-        this.#mean[d] += rows[base + d];
-        if (rows[base + d] !== this.#first[d]) this.#varies[d] = 1;
+        const value = rows[base + d];
+        mean[d] += value;
+        if (value !== firstRow[d]) varies[d] = 1;
       }
     }
   }
@@ -86,18 +90,21 @@ class NewRows {
     const width = this.#width;
     if (this.#vocab <= width) return;
     const factor = Math.sqrt(scale / this.#vocab);
+    const mean = this.#mean;
+    const noise = this.#noise;
+    const covariance = this.#covariance;
     const centred = new Float64Array(width);
     for (let from = 0; from < rows.length; from += width) {
-      for (let d = 0; d < width; d++) centred[d] = rows[from + d] - this.#mean[d];
+      for (let d = 0; d < width; d++) centred[d] = rows[from + d] - mean[d];
       for (let a = 0; a < this.#added; a++) {
         const z = factor * this.#random.normal();
         const base = a * width;
-        for (let d = 0; d < width; d++) this.#noise[base + d] += z * centred[d];
+        for (let d = 0; d < width; d++) noise[base + d] += z * centred[d];
       }
-      if (this.#covariance === undefined) continue;
+      if (covariance === undefined) continue;
       for (let i = 0; i < width; i++) {
         const value = centred[i];
-        for (let j = 0; j <= i; j++) this.#covariance[i * width + j] += value * centred[j];
+        for (let j = 0; j <= i; j++) covariance[i * width + j] += value * centred[j];
       }
     }
   }
