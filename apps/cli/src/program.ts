@@ -6,7 +6,7 @@ import { Command, CommanderError, InvalidArgumentError, Option } from 'commander
 import pc from 'picocolors';
 import { z } from 'zod';
 import type { CommandContext } from './context.js';
-import { CliError, EXIT, InterruptedError } from './errors.js';
+import { CliError, EXIT, InterruptedError, ReportedError } from './errors.js';
 import { type SignalSource, watchInterrupt } from './interrupt.js';
 import { colorsWanted, type Io, Ui } from './ui.js';
 import { version } from './version.js';
@@ -76,7 +76,7 @@ function reportError(error: unknown, ui: Ui, io: Io, debug: boolean): void {
   } else if (!(error instanceof CliError) && error instanceof TypeError) {
     io.stderr.write('This looks like a defect of the program; --debug shows where it happened.\n');
   }
-  if (!ui.json) return;
+  if (!ui.json || error instanceof ReportedError) return;
   const { where, fix } = error instanceof CliError ? error : { where: undefined, fix: undefined };
   ui.data({ error: { message, ...(where === undefined ? {} : { where }), ...(fix === undefined ? {} : { fix }) } });
 }
@@ -203,12 +203,19 @@ lorikeet eval --model ./model --adapter ./out --data test.jsonl --json`,
   )
     .requiredOption('--data <file>', 'rows to measure on (.jsonl, .json, .csv, .tsv, .parquet)')
     .option('--adapter <folder or id>', 'adapter on top of the model')
-    .option('--labels <a,b,c>', 'score these answers instead of generating freely', list)
-    .option('--output <folder>', 'where eval_results.json and predictions.jsonl go')
+    .option(
+      '--labels <a,b,c>',
+      'score these answers instead of generating freely (default: the different answers of the data are the classes)',
+      list,
+    )
+    .option('--output <folder>', 'write eval_results.json and predictions.jsonl here (default: nothing is written)')
     .option('--batch-size <rows>', 'rows at a time', integer(1), 8)
     .option('--max-new-tokens <n>', 'longest free answer in tokens', integer(1), 16)
     .option('--limit <rows>', 'use the first rows alone', integer(1))
-    .option('-c, --config <file>', 'run file whose templates are used (default: that of the adapter)')
+    .option(
+      '-c, --config <file>',
+      'run file whose templates are used (default: the adapter’s run.yaml, else what the columns of the data say)',
+    )
     .addOption(dtypeOption())
     .action(async (_options: unknown, command: Command) => {
       await run(command, async (context) => {

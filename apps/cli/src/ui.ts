@@ -16,6 +16,8 @@ export interface TextStream {
 export interface Io {
   readonly stdout: TextStream;
   readonly stderr: TextStream;
+  /** Where a prompt may be read from; the process's own when absent. */
+  readonly stdin?: AsyncIterable<string | Uint8Array>;
   readonly env: Readonly<Record<string, string | undefined>>;
 }
 

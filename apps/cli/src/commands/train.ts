@@ -33,6 +33,7 @@ import {
   requireTokenizer,
 } from '../session.js';
 import { formatBytes, formatCount, formatDuration, formatNumber, printable, quoted, shellQuoted } from '../text.js';
+import type { Progress } from '../ui.js';
 import { version, versions } from '../version.js';
 import { type JsonLinesLog, openJsonLines } from '../write.js';
 
@@ -282,6 +283,7 @@ class Run {
     const every = stepsOf(this.#config.logging_steps, this.#total);
     const progress = ui.progress('training', { total: this.#total });
     const since = new LogWindow();
+    let evalBar: Progress | undefined;
     let last: StepRecord | undefined;
     let evaluation: Evaluation | undefined;
     let barren = 0;
@@ -295,8 +297,14 @@ class Run {
         evalDataset: validation === undefined ? undefined : byLength(validation.examples),
         collate,
         signal,
+        onEvalProgress: (rows, total) => {
+          evalBar ??= ui.progress('evaluating', { total });
+          evalBar.update(rows);
+        },
       })) {
         if (record.kind === 'eval') {
+          evalBar?.done();
+          evalBar = undefined;
           evaluation = record.step === this.#total ? record : undefined;
           const entry = evalEntry(record);
           await log.append(entry);
@@ -321,6 +329,7 @@ class Run {
         ui.line(stepLine(record, entry));
       }
     } finally {
+      evalBar?.done();
       progress.done();
     }
     return { last, evaluation };
