@@ -285,7 +285,9 @@ describe.skipIf(!existsSync(stories))(`stories260k, a pretrained model${where}`,
       for (const [part, p] of adapter.layers.get(path)?.adapterParameters() ?? []) {
         const width = p.shape[1];
         const start = Array.from({ length: p.size }, (_, at) =>
-          part === 'loraA' ? Math.sin(0.37 * at + 0.11 * i) / Math.sqrt(width) : 0.02 * Math.cos(0.53 * at + 0.07 * i),
+          part === 'lora_A.weight'
+            ? Math.sin(0.37 * at + 0.11 * i) / Math.sqrt(width)
+            : 0.02 * Math.cos(0.53 * at + 0.07 * i),
         );
         scope(() => device.copy(device.fromArray(start, p.shape), p));
       }

@@ -15,7 +15,7 @@ import {
   RMSNorm,
   type Weights,
 } from '@lorikeet/nn';
-import { add, attention, cast, linear, reshape, rope, scope, swiglu, type Tensor } from '@lorikeet/tensor';
+import { add, attention, cast, reshape, rope, scope, swiglu, type Tensor } from '@lorikeet/tensor';
 import type { KvCache, LayerCache } from './cache.js';
 import type { MistralConfig } from './config.js';
 
@@ -221,6 +221,6 @@ export class Mistral extends Module implements CausalLM {
   /** h: [N, D] -> logits f32 [N, V] */
   logits(h: Tensor): Tensor {
     if (this.lm_head !== undefined) return cast(this.lm_head.forward(h), 'f32');
-    return linear(h, this.model.embed_tokens.weight, { dtype: 'f32' });
+    return this.model.embed_tokens.project(h);
   }
 }

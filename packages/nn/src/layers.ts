@@ -32,6 +32,11 @@ export class Embedding extends Module {
   forward(ids: Tensor, dtype: 'f32' | 'f16'): Tensor {
     return embedding(ids, this.weight, { dtype });
   }
+
+  /** The logits of a head that is tied to this table. h: [N, D] -> f32 [N, V] */
+  project(h: Tensor): Tensor {
+    return linear(h, this.weight, { dtype: 'f32' });
+  }
 }
 
 /** Root mean square normalisation (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight. */

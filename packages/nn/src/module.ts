@@ -67,9 +67,10 @@ export abstract class Module {
     return count;
   }
 
-  /** Frees all parameters. */
+  /** Frees all parameters. A module that holds tensors in private fields adds them. */
   dispose(): void {
-    for (const [, p] of this.namedParameters()) p.dispose();
+    for (const [, child] of this.children()) child.dispose();
+    for (const value of Object.values(this)) if (value instanceof Tensor) value.dispose();
   }
 }
 

@@ -1,48 +1,70 @@
 /**
- * The extension point. A PEFT method says how one target layer is wrapped; injecting, naming, counting, saving, loading
+ * The extension point. A PEFT method says how one target module is wrapped; injecting, naming, counting, saving, loading
  * and merging are the same for all of them and live here.
  */
 import { Embedding, Layer, Linear, type Module } from '@lorikeet/nn';
 import {
   type ByteFolder,
+  type ByteSink,
   type Device,
   encodeFloats,
   keep,
   openSafetensors,
+  parseJsonObject,
+  scope,
   type SinkFolder,
   type Tensor,
   type TensorEntry,
   writeSafetensors,
 } from '@lorikeet/tensor';
 import {
+  type AdapterConfig,
   AdapterError,
-  adapterKey,
-  type AdapterPart,
+  adapterKeyPrefix,
   checkAdapterKeys,
   type LoraConfig,
-  parseAdapterConfig,
-  serializeAdapterConfig,
+  loraConfig,
+  type LoraOptions,
 } from './format.js';
-import { matchTargets, type ModuleInfo, type Target } from './targets.js';
+import { matchModules, type ModuleInfo, someOf, tokenTargets } from './targets.js';
+import { checkTokenIds, wrapTokenRows } from './token-rows.js';
+
+/** A module in place of the one that it adapts. `PeftLayer` is the base of those that go from a tensor to a tensor. */
+export interface AdaptedModule extends Module {
+  /** The module that was there before; how its weight is stored is its own business. */
+  readonly base_layer: Module;
+  /** Trainable f32 tensors, each with what follows the module's path in its name in the file, such as `lora_A.weight`. */
+  adapterParameters(): Iterable<readonly [name: string, parameter: Tensor]>;
+  /** Adds the update to the base weight, computed in f32. The original weight is kept, so that `unmerge` is exact. */
+  merge(): void;
+  /** Puts the original weight back. */
+  unmerge(): void;
+  /** Frees what adapting took, the original of a merged weight too, and gives `base_layer`, which stands alone again. */
+  detach(): Module;
+  /** Frobenius norm of what `merge` adds to the weight; methods that cannot tell leave it out. */
+  updateNorm?(): Promise<number>;
+}
 
 /** A layer in place of the one that it adapts. */
-export abstract class PeftLayer extends Layer {
-  /** The layer that was there before; how its weight is stored is its own business. */
+export abstract class PeftLayer extends Layer implements AdaptedModule {
   abstract readonly base_layer: Layer;
-  /** Trainable f32 tensors, with the part of the key that names them in the adapter file. */
-  abstract adapterParameters(): Iterable<readonly [part: AdapterPart, parameter: Tensor]>;
-  /** Adds the update to the base weight, computed in f32. The original weight is kept, so that `unmerge` is exact. */
+  abstract adapterParameters(): Iterable<readonly [name: string, parameter: Tensor]>;
   abstract merge(): void;
-  /** Puts the original weight back. */
   abstract unmerge(): void;
+
+  detach(): Module {
+    for (const [, parameter] of this.adapterParameters()) parameter.dispose();
+    return this.base_layer;
+  }
 }
 
 /** What a method's `wrap` gets. */
 export interface WrapContext {
   readonly device: Device;
-  readonly config: LoraConfig;
-  /** The target: its path, rank and scaling after the patterns. */
-  readonly target: Target;
+  /** The configuration; its `peft_type` is the method's name. */
+  readonly config: AdapterConfig;
+  /** Path of the module in the model. */
+  readonly path: string;
   /** Seed of the initial values; with the path it decides them. */
   readonly seed: number;
 }
@@ -51,10 +73,14 @@ export interface WrapContext {
 export interface PeftMethod {
   /** `peft_type` in adapter_config.json, such as `LORA`. */
   readonly name: string;
-  /** Whether the method can wrap this layer. */
-  readonly accepts: (layer: Module) => layer is Layer;
-  /** The layer that takes the place of `layer`; its parameters are made with `keep`. */
-  readonly wrap: (layer: Layer, context: WrapContext) => PeftLayer;
+  /** Whether the method can wrap this module. */
+  readonly accepts: (module: Module) => boolean;
+  /** The module that takes the place of `module`; its parameters are made with `keep`, or by `adapterTensor`. */
+  readonly wrap: (module: Module, context: WrapContext) => AdaptedModule;
+  /** Reads and checks the text of an adapter_config.json; `where` names the file in messages. */
+  readonly parseConfig: (text: string, where: string) => AdapterConfig;
+  /** The text of adapter_config.json. */
+  readonly serializeConfig: (config: AdapterConfig) => string;
 }
 
 const methods = new Map<string, PeftMethod>();
@@ -66,6 +92,14 @@ export function definePeft(method: PeftMethod): PeftMethod {
   return method;
 }
 
+function methodOf(type: string, where: string): PeftMethod {
+  const method = methods.get(type);
+  if (method !== undefined) return method;
+  throw new AdapterError(
+    `${where}peft_type ${JSON.stringify(type)} is not known; known are ${[...methods.keys()].join(', ')}`,
+  );
+}
+
 /** Options of `injectAdapter`. */
 export interface InjectOptions {
   /** Seed of the initial values; default 42. */
@@ -74,31 +108,36 @@ export interface InjectOptions {
   readonly modelType?: string;
 }
 
+/** Modules that some adapter put into a model. */
+const adapted = new WeakSet<Module>();
+
 /** An adapter that was injected into a model. */
 export class Adapter {
-  readonly config: LoraConfig;
+  readonly config: AdapterConfig;
   readonly #model: Module;
-  readonly #layers: ReadonlyMap<string, PeftLayer>;
+  readonly #layers: ReadonlyMap<string, AdaptedModule>;
   readonly #device: Device;
-  #merged = false;
+  #state: 'beside' | 'merged' | 'gone' = 'beside';
 
   /** @internal Use `injectAdapter`. */
-  constructor(model: Module, config: LoraConfig, layers: ReadonlyMap<string, PeftLayer>, device: Device) {
+  constructor(model: Module, config: AdapterConfig, layers: ReadonlyMap<string, AdaptedModule>, device: Device) {
     this.#model = model;
     this.config = config;
     this.#layers = layers;
     this.#device = device;
   }
 
-  /** The adapted layers by the path of what they replace. */
-  get layers(): ReadonlyMap<string, PeftLayer> {
+  /** The adapted modules by the path of what they replace. */
+  get layers(): ReadonlyMap<string, AdaptedModule> {
     return this.#layers;
   }
 
   /** Trainable tensors by their name in the adapter file. */
   *parameters(): Generator<[name: string, parameter: Tensor]> {
     for (const [path, layer] of this.#layers) {
-      for (const [part, parameter] of layer.adapterParameters()) yield [adapterKey(path, part), parameter];
+      for (const [name, parameter] of layer.adapterParameters()) {
+        yield [`${adapterKeyPrefix}${path}.${name}`, parameter];
+      }
     }
   }
 
@@ -122,36 +161,63 @@ export class Adapter {
     };
   }
 
+  /**
+   * Frobenius norm of what each adapted module adds to its weight, by path; of token rows, of their difference from the
+   * base's. All zero means that the adapter does nothing. The updates themselves are never formed.
+   */
+  async updateNorms(): Promise<Map<string, number>> {
+    this.#expect('updateNorms', 'beside', 'merged');
+    const norms = new Map<string, number>();
+    for (const [path, layer] of this.#layers) {
+      const norm = await layer.updateNorm?.();
+      if (norm !== undefined) norms.set(path, norm);
+    }
+    return norms;
+  }
+
   /** True between `merge` and `unmerge`. */
   get merged(): boolean {
-    return this.#merged;
+    return this.#state === 'merged';
   }
 
   /** Adds the update to the base weights. Takes the memory of the adapted weights once more until `unmerge`. */
   merge(): void {
-    if (this.#merged) throw new AdapterError('merge: the adapter is merged already');
+    this.#expect('merge', 'beside');
     for (const layer of this.#layers.values()) layer.merge();
-    this.#merged = true;
+    this.#state = 'merged';
   }
 
   /** Undoes `merge` exactly. */
   unmerge(): void {
-    if (!this.#merged) throw new AdapterError('unmerge: the adapter is not merged');
+    this.#expect('unmerge', 'merged');
     for (const layer of this.#layers.values()) layer.unmerge();
-    this.#merged = false;
+    this.#state = 'beside';
   }
 
-  /** Takes the adapter out of the model and frees its parameters. */
-  remove(): void {
-    if (this.#merged) this.unmerge();
+  /**
+   * Adds the update to the base weights for good and takes the adapter out: the model is a plain one again. The update is
+   * computed in f32 and stored in the base's type; the originals and the adapter's parameters are freed module by module.
+   */
+  mergeAndUnload(): void {
+    this.#expect('mergeAndUnload', 'beside', 'merged');
     for (const [path, layer] of this.#layers) {
-      this.#model.replace(path, layer.base_layer);
-      for (const [, parameter] of layer.adapterParameters()) parameter.dispose();
+      if (this.#state === 'beside') layer.merge();
+      this.#model.replace(path, layer.detach());
     }
+    this.#state = 'gone';
+  }
+
+  /** Takes the adapter out of the model, which is what it was before, and frees the adapter's parameters. */
+  remove(): void {
+    this.#expect('remove', 'beside', 'merged');
+    if (this.merged) this.unmerge();
+    for (const [path, layer] of this.#layers) this.#model.replace(path, layer.detach());
+    this.#state = 'gone';
   }
 
   /** The tensors of adapter_model.safetensors, f32. */
   async entries(): Promise<TensorEntry[]> {
+    this.#expect('entries', 'beside', 'merged');
     const entries: TensorEntry[] = [];
     for (const [name, parameter] of this.parameters()) {
       const values = await parameter.read();
@@ -165,19 +231,32 @@ export class Adapter {
     return entries;
   }
 
-  /** Writes adapter_config.json and adapter_model.safetensors, which PEFT loads. */
-  async save(folder: SinkFolder): Promise<void> {
+  /**
+   * Writes adapter_config.json and adapter_model.safetensors, which PEFT loads. Both become visible only when both are
+   * written, so that a failure leaves neither.
+   * @param options `baseModelName`: hub id or folder of the base, for `base_model_name_or_path`; the configuration's when left out
+   */
+  async save(folder: SinkFolder, options: { readonly baseModelName?: string } = {}): Promise<void> {
     const entries = await this.entries();
-    const config = await folder.create('adapter_config.json');
-    const weights = await folder.create('adapter_model.safetensors');
+    const { config } = this;
+    const text = methodOf(config.peft_type, '').serializeConfig({
+      ...config,
+      base_model_name_or_path: options.baseModelName ?? config.base_model_name_or_path,
+      task_type: config.task_type ?? 'CAUSAL_LM',
+    });
+    const sinks: ByteSink[] = [];
+    const create = async (name: string): Promise<ByteSink> => {
+      const sink = await folder.create(name);
+      sinks.push(sink);
+      return sink;
+    };
     try {
-      await config.write(new TextEncoder().encode(serializeAdapterConfig(this.config)));
-      await writeSafetensors(weights, entries);
-      await weights.close();
-      await config.close();
+      await writeSafetensors(await create('adapter_model.safetensors'), entries);
+      await (await create('adapter_config.json')).write(new TextEncoder().encode(text));
+      // The configuration comes last: a folder is an adapter by having one.
+      for (const sink of sinks) await sink.close();
     } catch (error) {
-      await weights.abort();
-      await config.abort();
+      for (const sink of sinks) await sink.abort();
       throw error;
     }
   }
@@ -187,6 +266,7 @@ export class Adapter {
    * @throws AdapterError that names every missing, unexpected and mis-shaped tensor at once; nothing is changed then
    */
   async load(folder: ByteFolder): Promise<void> {
+    this.#expect('load', 'beside');
     const source = await folder.open('adapter_model.safetensors');
     if (source === undefined) throw new AdapterError(`${folder.name}: there is no adapter_model.safetensors`);
     const file = await openSafetensors(source);
@@ -198,13 +278,22 @@ export class Adapter {
         file.name,
       );
       for (const [name, parameter] of parameters) {
-        const values = this.#device.fromArray(await file.readFloats(name), parameter.shape);
-        this.#device.copy(values, parameter);
-        values.dispose();
+        const values = await file.readFloats(name);
+        scope(() => this.#device.copy(this.#device.fromArray(values, parameter.shape), parameter));
       }
     } finally {
       await file.close();
     }
+  }
+
+  #expect(call: string, ...states: readonly ('beside' | 'merged' | 'gone')[]): void {
+    if (states.includes(this.#state)) return;
+    const now = {
+      gone: 'was taken out of the model',
+      merged: 'is merged; call unmerge() first',
+      beside: 'is not merged',
+    }[this.#state];
+    throw new AdapterError(`${call}: the adapter ${now}`);
   }
 }
 
@@ -213,41 +302,54 @@ function kindOf(module: Module): ModuleInfo['kind'] {
 }
 
 /**
- * Wraps the layers that the configuration targets. The base parameters stay as they are; train `adapter.parameters()`.
- * @throws AdapterError when nothing matches, the method is unknown, or a target cannot be wrapped; the model is unchanged then
+ * Wraps the modules that the configuration targets, and those that have trainable token rows. The base parameters stay as
+ * they are; train `adapter.parameters()`.
+ * @throws AdapterError when nothing matches, the method is unknown, a target cannot be wrapped, a trainable token does not
+ *   fit, or the model has an adapter; the model is unchanged then
  */
-export function injectAdapter(model: Module, config: LoraConfig, options: InjectOptions = {}): Adapter {
-  const method = methods.get(config.peft_type);
-  if (method === undefined) {
-    throw new AdapterError(`peft_type ${config.peft_type} is not known; known are ${[...methods.keys()].join(', ')}`);
-  }
-  for (const [key, value] of [
-    ['modules_to_save', config.modules_to_save],
-    ['trainable_token_indices', config.trainable_token_indices],
-  ] as const) {
-    if (value !== null && Object.keys(value).length > 0)
-      throw new AdapterError(`${key} is not supported yet; remove it or set it to null`);
-  }
-  const modules = [...model.namedModules()].filter(([path]) => path !== '');
-  const targets = matchTargets(
-    config,
-    modules.map(([path, module]) => ({ path, kind: kindOf(module) })),
-    { modelType: options.modelType ?? 'mistral', outputHead: 'lm_head' },
-  );
-  const device = [...model.namedParameters()][0][1].device;
-  const byPath = new Map(modules);
-  const accepted = targets.map((target) => {
-    const layer = byPath.get(target.path);
-    if (layer === undefined || !method.accepts(layer)) {
-      throw new AdapterError(`${config.peft_type} cannot wrap ${target.path}; it takes linear layers`);
+export function injectAdapter(model: Module, config: AdapterConfig, options: InjectOptions = {}): Adapter {
+  const method = methodOf(config.peft_type, '');
+  const { seed = 42, modelType = 'mistral' } = options;
+  const modules = new Map([...model.namedModules()].filter(([path]) => path !== ''));
+  for (const [path, module] of modules) {
+    if (adapted.has(module)) {
+      throw new AdapterError(
+        `the model has an adapter already (${path}); take it out with remove() or mergeAndUnload() first`,
+      );
     }
-    return { target, layer };
-  });
-  const layers = new Map<string, PeftLayer>();
-  for (const { target, layer } of accepted) {
-    const wrapped = method.wrap(layer, { device, config, target, seed: options.seed ?? 42 });
-    model.replace(target.path, wrapped);
-    layers.set(target.path, wrapped);
+  }
+  const infos = [...modules].map(([path, module]) => ({ path, kind: kindOf(module) }));
+  const at = (path: string): Module => modules.get(path) ?? model.at(path);
+  const targets = matchModules(config, infos, { modelType, outputHead: 'lm_head' }).map(({ path }) => path);
+  const refused = targets.filter((path) => !method.accepts(at(path)));
+  if (refused.length > 0) {
+    throw new AdapterError(
+      `${method.name} cannot wrap ${refused.length} of the modules that target_modules matches: ${someOf(refused)}; name other ` +
+        'modules, or the layers inside them',
+    );
+  }
+  const tokens = tokenTargets(config, infos, new Set(targets));
+  if ((config.modules_to_save ?? []).length > 0) {
+    throw new AdapterError(
+      `modules_to_save ${JSON.stringify(config.modules_to_save)}: training whole modules beside an adapter is not supported; ` +
+        'set it to null, and for new tokens name their ids in trainable_token_indices',
+    );
+  }
+  for (const { path, ids } of tokens) checkTokenIds(at(path), path, ids);
+
+  const [first] = model.namedParameters();
+  const device = first[1].device;
+  const layers = new Map<string, AdaptedModule>();
+  try {
+    for (const path of targets) layers.set(path, method.wrap(at(path), { device, config, path, seed }));
+    for (const { path, ids } of tokens) layers.set(path, wrapTokenRows(at(path), ids));
+  } catch (error) {
+    for (const layer of layers.values()) layer.detach();
+    throw error;
+  }
+  for (const [path, layer] of layers) {
+    model.replace(path, layer);
+    adapted.add(layer);
   }
   return new Adapter(model, config, layers, device);
 }
@@ -257,9 +359,17 @@ export async function loadAdapter(model: Module, folder: ByteFolder, options: In
   const source = await folder.open('adapter_config.json');
   if (source === undefined)
     throw new AdapterError(`${folder.name}: there is no adapter_config.json; is this an adapter folder?`);
-  const text = new TextDecoder().decode(await source.read(0, source.size));
-  await source.close?.();
-  const adapter = injectAdapter(model, parseAdapterConfig(text, `${folder.name}/adapter_config.json`), options);
+  let text: string;
+  try {
+    text = new TextDecoder().decode(await source.read(0, source.size));
+  } finally {
+    await source.close?.();
+  }
+  const where = `${folder.name}/adapter_config.json`;
+  const type = parseJsonObject(text, where)['peft_type'];
+  // Without a type, LoRA's reader says what is wrong.
+  const method = methodOf(typeof type === 'string' ? type : 'LORA', `${where}: `);
+  const adapter = injectAdapter(model, method.parseConfig(text, where), options);
   try {
     await adapter.load(folder);
     return adapter;
@@ -267,6 +377,22 @@ export async function loadAdapter(model: Module, folder: ByteFolder, options: In
     adapter.remove();
     throw error;
   }
+}
+
+/** How a model is to be made trainable: what a trainer takes without knowing any method. */
+export interface AdapterInjector {
+  readonly config: LoraConfig;
+  /** Puts a new adapter into the model, see `injectAdapter`. */
+  inject(model: Module): Adapter;
+}
+
+/**
+ * A LoRA adapter to be, for `peft_config` of `SFTTrainer`.
+ * @throws FormatError that lists every wrong setting
+ */
+export function peftConfig(options: LoraOptions = {}, inject: InjectOptions = {}): AdapterInjector {
+  const config = loraConfig(options);
+  return { config, inject: (model) => injectAdapter(model, config, inject) };
 }
 
 /** A parameter of an adapter from host values, owned by the layer. */

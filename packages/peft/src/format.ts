@@ -20,29 +20,45 @@ export class AdapterError extends LorikeetError {
   override name = 'AdapterError';
 }
 
-/**
- * A LoRA configuration; keys and defaults are those of PEFT 0.15. Make one with {@link loraConfig} or
- * {@link parseAdapterConfig}.
- */
-export interface LoraConfig {
-  /** lora_alpha of single modules: patterns over module names; the first that matches wins. */
-  readonly alpha_pattern: Readonly<Record<string, number>>;
-  readonly auto_mapping: JsonObject | null;
+/** What injecting an adapter asks of a configuration, whatever the method; its own settings are further keys. */
+export interface AdapterConfig {
   readonly base_model_name_or_path: string | null;
-  /** Which biases are trained and saved; Mistral layers have none. */
-  readonly bias: 'none' | 'all' | 'lora_only';
-  readonly corda_config: JsonObject | null;
-  readonly eva_config: JsonObject | null;
   /** Modules that are never targets: a pattern over whole names, or names and name endings. */
   readonly exclude_modules: string | readonly string[] | null;
-  readonly fan_in_fan_out: boolean;
-  readonly inference_mode: boolean;
-  readonly init_lora_weights: boolean | string;
-  readonly layer_replication: JsonValue;
   /** The name of the list of layers, for `layers_to_transform`. */
   readonly layers_pattern: string | readonly string[] | null;
   /** The only layers that get adapters, by number. */
   readonly layers_to_transform: number | readonly number[] | null;
+  /** Modules trained and saved whole, by name ending. */
+  readonly modules_to_save: readonly string[] | null;
+  /** The method: the name that `definePeft` knows it by. */
+  readonly peft_type: string;
+  /** A pattern over whole names, names and name endings, `all-linear`, or null for the model's default. */
+  readonly target_modules: string | readonly string[] | null;
+  readonly task_type: string | null;
+  /**
+   * Rows of a vocabulary that are trained and saved alone: of `embed_tokens` (a list), or of several modules by name, such
+   * as `{ embed_tokens: [...], lm_head: [...] }`. Ids ascend, each once.
+   */
+  readonly trainable_token_indices: readonly number[] | Readonly<Record<string, readonly number[]>> | null;
+}
+
+/**
+ * A LoRA configuration; keys and defaults are those of PEFT 0.15. Make one with {@link loraConfig} or
+ * {@link parseAdapterConfig}.
+ */
+export interface LoraConfig extends AdapterConfig {
+  /** lora_alpha of single modules: patterns over module names; the first that matches wins. */
+  readonly alpha_pattern: Readonly<Record<string, number>>;
+  readonly auto_mapping: JsonObject | null;
+  /** Which biases are trained and saved; Mistral layers have none. */
+  readonly bias: 'none' | 'all' | 'lora_only';
+  readonly corda_config: JsonObject | null;
+  readonly eva_config: JsonObject | null;
+  readonly fan_in_fan_out: boolean;
+  readonly inference_mode: boolean;
+  readonly init_lora_weights: boolean | string;
+  readonly layer_replication: JsonValue;
   readonly loftq_config: JsonObject;
   readonly lora_alpha: number;
   readonly lora_bias: boolean;
@@ -50,24 +66,22 @@ export interface LoraConfig {
   readonly lora_dropout: number;
   readonly megatron_config: JsonObject | null;
   readonly megatron_core: string | null;
-  /** Modules trained and saved whole, by name ending. */
-  readonly modules_to_save: readonly string[] | null;
   readonly peft_type: 'LORA';
   /** Rank, the inner size of B A. */
   readonly r: number;
   /** Rank of single modules: patterns over module names; the first that matches wins. */
   readonly rank_pattern: Readonly<Record<string, number>>;
   readonly revision: string | null;
-  /** A pattern over whole names, names and name endings, `all-linear`, or null for the model's default. */
-  readonly target_modules: string | readonly string[] | null;
-  readonly task_type: string | null;
-  /** Rows of the embedding (a list) or of several modules (by name) that are trained and saved alone. */
-  readonly trainable_token_indices: readonly number[] | Readonly<Record<string, readonly number[]>> | null;
   readonly use_dora: boolean;
   /** Scaling alpha / sqrt(r) rather than alpha / r. */
   readonly use_rslora: boolean;
   /** Not a key of the file: the keys in it that are none of the above, kept for saving. */
   readonly extra: JsonObject;
+}
+
+/** True for a configuration of LoRA. */
+export function isLoraConfig(config: AdapterConfig): config is LoraConfig {
+  return config.peft_type === 'LORA';
 }
 
 /** What a caller may set; the rest takes PEFT's defaults. */

@@ -4,7 +4,7 @@
  */
 import { nearestNames } from '@lorikeet/tensor';
 import { adapterKey, AdapterError } from './format.js';
-import type { LoraConfig } from './format.js';
+import type { LoraConfig, AdapterConfig } from './format.js';
 import { compileNamePattern } from './name-pattern.js';
 
 /** A module as target matching sees it. */
@@ -14,14 +14,18 @@ export interface ModuleInfo {
   readonly kind: 'linear' | 'embedding' | 'other';
 }
 
-/** A module that gets an adapter. */
-export interface Target {
-  readonly path: string;
-  readonly kind: 'linear' | 'embedding';
+/** The size of one module's update. */
+export interface RankAndScaling {
   readonly r: number;
   readonly alpha: number;
   /** Factor on B A x: alpha / r, or alpha / sqrt(r) with use_rslora. */
   readonly scaling: number;
+}
+
+/** A module that gets an adapter. */
+export interface Target extends RankAndScaling {
+  readonly path: string;
+  readonly kind: 'linear' | 'embedding';
 }
 
 /** What is known of the base model. */
@@ -39,35 +43,118 @@ const defaultTargets: ReadonlyMap<string, readonly string[]> = new Map([
 ]);
 
 /**
- * The modules that a configuration targets, in the order given.
+ * The modules that a configuration targets, in the order given, whatever their kind.
  *
- * @throws AdapterError where none matches (with the nearest names), where a match is no linear or embedding module, or
- *   where there is no default for the model; FormatError for a pattern that is broken or not supported
+ * @throws AdapterError where none matches (with the nearest names), or where there is no default for the model;
+ *   FormatError for a pattern that is broken or not supported
+ */
+export function matchModules(
+  config: AdapterConfig,
+  modules: Iterable<ModuleInfo>,
+  options: TargetOptions = {},
+): ModuleInfo[] {
+  const all = [...modules];
+  const matched = all.filter(targetTest(config, options));
+  if (matched.length === 0) throw noTargets(config, all, options);
+  return matched;
+}
+
+/**
+ * The modules that a LoRA configuration targets, in the order given, with their ranks.
+ *
+ * @throws AdapterError as `matchModules`, and where a match is no linear or embedding module
  */
 export function matchTargets(config: LoraConfig, modules: Iterable<ModuleInfo>, options: TargetOptions = {}): Target[] {
-  const all = [...modules];
-  const isTarget = targetTest(config, options);
-  const matched = all.filter(isTarget);
-  if (matched.length === 0) throw noTargets(config, all, options);
-  const rankOf = patternValue(config.rank_pattern, config.r, 'rank_pattern');
-  const alphaOf = patternValue(config.alpha_pattern, config.lora_alpha, 'alpha_pattern');
+  const matched = matchModules(config, modules, options);
+  const rankAndScaling = ranksOf(config);
   const targets: Target[] = [];
   const wrong: string[] = [];
   for (const { path, kind } of matched) {
     if (kind === 'other') wrong.push(path);
-    else {
-      const r = rankOf(path);
-      const alpha = alphaOf(path);
-      targets.push({ path, kind, r, alpha, scaling: scalingOf(config, r, alpha) });
-    }
+    else targets.push({ path, kind, ...rankAndScaling(path) });
   }
   if (wrong.length > 0) {
     throw new AdapterError(
       `target_modules ${shown(config.target_modules)} matches ${wrong.length} modules that are neither linear nor embedding: ` +
-        `${wrong.slice(0, 5).join(', ')}${wrong.length > 5 ? ', …' : ''}; name the layers inside them`,
+        `${someOf(wrong)}; name the layers inside them`,
     );
   }
   return targets;
+}
+
+/** Rank, alpha and scaling by module path, after the patterns. */
+export function ranksOf(config: LoraConfig): (path: string) => RankAndScaling {
+  const rankOf = patternValue(config.rank_pattern, config.r, 'rank_pattern');
+  const alphaOf = patternValue(config.alpha_pattern, config.lora_alpha, 'alpha_pattern');
+  return (path) => {
+    const [r, alpha] = [rankOf(path), alphaOf(path)];
+    return { r, alpha, scaling: scalingOf(config, r, alpha) };
+  };
+}
+
+/** Some of a list of names, for messages. */
+export function someOf(names: readonly string[]): string {
+  return `${names.slice(0, 5).join(', ')}${names.length > 5 ? ', …' : ''}`;
+}
+
+/** Rows of a vocabulary that are to be trained alone. */
+export interface TokenTarget {
+  readonly path: string;
+  readonly ids: readonly number[];
+}
+
+/**
+ * The modules whose rows `trainable_token_indices` names. A list is for `embed_tokens`; entries without ids are left out.
+ *
+ * @param taken paths that `target_modules` takes
+ * @throws AdapterError where a name is no module (or several), no table, in `target_modules` or in `modules_to_save` too, or
+ *   where ids do not ascend; all of it at once
+ */
+export function tokenTargets(
+  config: AdapterConfig,
+  modules: readonly ModuleInfo[],
+  taken: ReadonlySet<string> = new Set(),
+): TokenTarget[] {
+  const { trainable_token_indices: indices } = config;
+  const entries = Object.entries(isList(indices) ? { embed_tokens: indices } : (indices ?? {}));
+  const targets = new Map<string, TokenTarget>();
+  const problems: string[] = [];
+  for (const [name, ids] of entries) {
+    if (ids.length === 0) continue;
+    const found = modules.filter(({ path }) => endsWithName(path, name));
+    if (found.length !== 1) {
+      const cure =
+        name === 'lm_head' ? '; a head that is tied to embed_tokens takes its rows from there: leave lm_head out' : '';
+      problems.push(
+        found.length === 0
+          ? `the model has no module ${name}${cure}`
+          : `${name} is ${found.length} modules: ${someOf(found.map(({ path }) => path))}; give a whole path`,
+      );
+      continue;
+    }
+    const [{ path, kind }] = found;
+    if (kind === 'other') problems.push(`${path} is neither an embedding nor a linear layer`);
+    if (targets.has(path)) problems.push(`${path} is named twice`);
+    if (taken.has(path)) problems.push(`${path} is in target_modules too; choose one`);
+    if (isSavedWhole(config, path)) problems.push(`${path} is in modules_to_save too; choose one`);
+    const at = ids.findIndex((id, i) => i > 0 && id <= ids[i - 1]);
+    if (at > 0) {
+      problems.push(
+        ids.indexOf(ids[at]) < at
+          ? `the ids of ${name} name ${ids[at]} twice`
+          : `the ids of ${name} must ascend, but ${ids[at - 1]} comes before ${ids[at]}`,
+      );
+    }
+    targets.set(path, { path, ids });
+  }
+  if (problems.length > 0) {
+    throw new AdapterError(`trainable_token_indices: ${problems.join('; ')}`);
+  }
+  return [...targets.values()];
+}
+
+function isList(indices: AdapterConfig['trainable_token_indices']): indices is readonly number[] {
+  return Array.isArray(indices);
 }
 
 /** Factor on B A x for one module. */
@@ -76,7 +163,7 @@ export function scalingOf(config: Pick<LoraConfig, 'use_rslora'>, r: number, alp
 }
 
 /** Entries of a `target_modules` list that match no module: mistyped names that PEFT passes over in silence. */
-export function unmatchedTargets(config: LoraConfig, modules: Iterable<ModuleInfo>): string[] {
+export function unmatchedTargets(config: AdapterConfig, modules: Iterable<ModuleInfo>): string[] {
   const { target_modules: targets } = config;
   if (targets === null || typeof targets === 'string') return [];
   const paths = [...modules].map(({ path }) => path);
@@ -84,17 +171,17 @@ export function unmatchedTargets(config: LoraConfig, modules: Iterable<ModuleInf
 }
 
 /** True for a module that `modules_to_save` names, itself or a part of its path; such modules are never targets. */
-export function isSavedWhole(config: LoraConfig, path: string): boolean {
+export function isSavedWhole(config: AdapterConfig, path: string): boolean {
   return (config.modules_to_save ?? []).some((entry) => `.${path}.`.includes(`.${entry}.`));
 }
 
-function targetTest(config: LoraConfig, options: TargetOptions): (module: ModuleInfo) => boolean {
+function targetTest(config: AdapterConfig, options: TargetOptions): (module: ModuleInfo) => boolean {
   const excluded = namesTest(config.exclude_modules ?? [], 'exclude_modules');
   const included = inclusionTest(config, options);
   return (module) => !excluded(module.path) && !isSavedWhole(config, module.path) && included(module);
 }
 
-function inclusionTest(config: LoraConfig, options: TargetOptions): (module: ModuleInfo) => boolean {
+function inclusionTest(config: AdapterConfig, options: TargetOptions): (module: ModuleInfo) => boolean {
   const targets = config.target_modules ?? defaultsFor(options.modelType ?? 'mistral');
   if (typeof targets === 'string') {
     if (targets.toLowerCase() === 'all-linear') {
@@ -132,7 +219,7 @@ function namesTest(names: string | readonly string[], where: string): (path: str
  * The layer of a module is the last number in its path that stands between dots with two names before it, or with a
  * name of `layers_pattern` right before it.
  */
-function layerTest(config: LoraConfig): (path: string) => boolean {
+function layerTest(config: AdapterConfig): (path: string) => boolean {
   const { layers_to_transform: layers, layers_pattern: pattern } = config;
   const wanted = layers === null ? [] : typeof layers === 'number' ? [layers] : layers;
   if (wanted.length === 0) return () => true;
@@ -164,7 +251,7 @@ function patternValue(
   return (path) => tests.find(([matches]) => matches(path))?.[1] ?? fallback;
 }
 
-function noTargets(config: LoraConfig, modules: readonly ModuleInfo[], options: TargetOptions): AdapterError {
+function noTargets(config: AdapterConfig, modules: readonly ModuleInfo[], options: TargetOptions): AdapterError {
   const usable = modules.filter(({ kind }) => kind !== 'other');
   const endings = new Set(usable.map(({ path }) => path.slice(path.lastIndexOf('.') + 1)));
   const targets = config.target_modules ?? defaultTargets.get(options.modelType ?? 'mistral') ?? [];
@@ -184,7 +271,7 @@ function noTargets(config: LoraConfig, modules: readonly ModuleInfo[], options: 
   return new AdapterError(`target_modules ${shown(config.target_modules)} matches no module; ${hints.join('; ')}`);
 }
 
-function shown(targets: LoraConfig['target_modules']): string {
+function shown(targets: AdapterConfig['target_modules']): string {
   return targets === null ? 'null (the default)' : JSON.stringify(targets);
 }
 

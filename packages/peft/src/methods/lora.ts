@@ -1,8 +1,17 @@
 /** LoRA (Hu et al., 2021): y = W x + scaling * B A drop(x), with W frozen. rsLoRA (Kalajdzievski, 2023) by its scaling. */
-import { hashString, initialValues, Layer, Linear, Module, trainingContext } from '@lorikeet/nn';
+import { hashString, initialValues, Linear, Module, trainingContext } from '@lorikeet/nn';
 import { cast, gemm, keep, loraLinear, scope, type Tensor } from '@lorikeet/tensor';
 import { adapterTensor, definePeft, PeftLayer, type PeftMethod, type WrapContext } from '../adapter.js';
-import { AdapterError, type AdapterPart } from '../format.js';
+import {
+  type AdapterConfig,
+  AdapterError,
+  isLoraConfig,
+  type LoraConfig,
+  parseAdapterConfig,
+  serializeAdapterConfig,
+} from '../format.js';
+import { MergedWeight } from '../merged-weight.js';
+import { ranksOf } from '../targets.js';
 
 /** Holder of one factor, so that its path is the checkpoint's: `lora_A.weight`. */
 export class Factor extends Module {
@@ -25,11 +34,12 @@ export class LoraLinear extends PeftLayer {
   readonly #dropout: number;
   /** Keeps the dropout masks of different layers apart. */
   readonly #stream: number;
-  #original: Tensor | undefined;
+  readonly #merged: MergedWeight;
 
   constructor(base: Linear, a: Tensor, b: Tensor, options: { scaling: number; dropout: number; stream: number }) {
     super();
     this.base_layer = base;
+    this.#merged = new MergedWeight(base);
     this.lora_A = new Factor(a);
     this.lora_B = new Factor(b);
     this.#scaling = options.scaling;
@@ -39,7 +49,7 @@ export class LoraLinear extends PeftLayer {
 
   /** x: [..., in] -> [..., out] */
   override forward(x: Tensor): Tensor {
-    if (this.#original !== undefined) return this.base_layer.forward(x);
+    if (this.#merged.merged) return this.base_layer.forward(x);
     const context = trainingContext();
     const dropout =
       context === undefined || this.#dropout === 0
@@ -51,64 +61,99 @@ export class LoraLinear extends PeftLayer {
     });
   }
 
-  override *adapterParameters(): Generator<[AdapterPart, Tensor]> {
-    yield ['loraA', this.lora_A.weight];
-    yield ['loraB', this.lora_B.weight];
+  override *adapterParameters(): Generator<[string, Tensor]> {
+    yield ['lora_A.weight', this.lora_A.weight];
+    yield ['lora_B.weight', this.lora_B.weight];
   }
 
   override merge(): void {
-    const { weight } = this.base_layer;
-    const dtype = weight.dtype === 'f16' ? 'f16' : 'f32';
-    this.base_layer.weight = scope(() => {
-      const sum = weight.device.empty(weight.shape, 'f32');
-      if (dtype === 'f32') weight.device.copy(weight, sum);
-      const wide = dtype === 'f32' ? sum : cast(weight, 'f32');
-      gemm(this.lora_B.weight, this.lora_A.weight, wide, { alpha: this.#scaling, accumulate: true });
-      return keep(cast(wide, dtype));
+    this.#merged.merge((weight) => {
+      const wide = weight.device.empty(weight.shape, 'f32');
+      if (weight.dtype === 'f32') weight.device.copy(weight, wide);
+      const sum = weight.dtype === 'f32' ? wide : cast(weight, 'f32');
+      gemm(this.lora_B.weight, this.lora_A.weight, sum, { alpha: this.#scaling, accumulate: true });
+      return cast(sum, weight.dtype === 'f16' ? 'f16' : 'f32');
     });
-    this.#original = weight;
   }
 
   override unmerge(): void {
-    if (this.#original === undefined) return;
-    this.base_layer.weight.dispose();
-    this.base_layer.weight = this.#original;
-    this.#original = undefined;
+    this.#merged.unmerge();
+  }
+
+  override detach(): Module {
+    this.#merged.dispose();
+    return super.detach();
+  }
+
+  /**
+   * scaling ||B A||: the square is the sum of the elementwise product of B^T B and A A^T, both [r, r], so that B A [out, in]
+   * is not needed.
+   */
+  async updateNorm(): Promise<number> {
+    const [a, b] = [this.lora_A.weight, this.lora_B.weight];
+    const [r] = a.shape;
+    const grams = scope(() => {
+      const made = [a.device.empty([r, r], 'f32'), a.device.empty([r, r], 'f32')];
+      gemm(a, a, made[0], { transB: true });
+      gemm(b, b, made[1], { transA: true });
+      return keep(made);
+    });
+    const reading = Promise.all(grams.map((x) => x.read()));
+    for (const x of grams) x.dispose();
+    const [aa, bb] = await reading;
+    let square = 0;
+    aa.forEach((v, i) => {
+      square += v * bb[i];
+    });
+    return this.#scaling * Math.sqrt(Math.max(0, square));
+  }
+
+  override dispose(): void {
+    super.dispose();
+    this.#merged.dispose();
   }
 }
 
-function wrap(layer: Layer, { device, config, target, seed }: WrapContext): PeftLayer {
-  if (!(layer instanceof Linear)) throw new AdapterError(`LORA cannot wrap ${target.path}; it takes linear layers`);
+function settings(config: AdapterConfig): LoraConfig {
+  if (isLoraConfig(config)) return config;
+  throw new AdapterError(`LORA: the configuration is of peft_type ${config.peft_type}`);
+}
+
+function wrap(layer: Module, context: WrapContext): PeftLayer {
+  const { device, path, seed } = context;
+  if (!(layer instanceof Linear)) throw new AdapterError(`LORA cannot wrap ${path}; it takes linear layers`);
+  const config = settings(context.config);
+  const { r, scaling } = ranksOf(config)(path);
   const [out, width] = layer.weight.shape;
-  const { r } = target;
   const init = config.init_lora_weights;
   if (typeof init === 'string' && init !== 'gaussian' && init !== 'true' && init !== 'false') {
     throw new AdapterError(`init_lora_weights "${init}" is not supported yet; use true, false or "gaussian"`);
   }
-  const path = (part: string): string => `${target.path}.lora_${part}.weight`;
   const a = initialValues(
-    path('A'),
+    `${path}.lora_A.weight`,
     r * width,
     // Kaiming uniform with a = sqrt(5) comes to 1 / sqrt(in).
     init === 'gaussian' ? { kind: 'normal', std: 1 / r } : { kind: 'uniform', bound: 1 / Math.sqrt(width) },
     seed,
   );
   const b = initialValues(
-    path('B'),
+    `${path}.lora_B.weight`,
     out * r,
     init === false || init === 'false' ? { kind: 'uniform', bound: 1 / Math.sqrt(r) } : { kind: 'zeros' },
     seed,
   );
   return new LoraLinear(layer, adapterTensor(device, a, [r, width]), adapterTensor(device, b, [out, r]), {
-    scaling: target.scaling,
+    scaling,
     dropout: config.lora_dropout,
-    stream: hashString(target.path),
+    stream: hashString(path),
   });
 }
 
 /** Low-rank adaptation of linear layers. */
 export const lora: PeftMethod = definePeft({
   name: 'LORA',
-  accepts: (layer): layer is Layer => layer instanceof Linear,
+  accepts: (module) => module instanceof Linear,
   wrap,
+  parseConfig: parseAdapterConfig,
+  serializeConfig: (config) => serializeAdapterConfig(settings(config)),
 });
