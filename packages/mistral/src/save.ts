@@ -95,9 +95,10 @@ export async function saveMistral(model: Mistral, folder: SinkFolder, options: S
 function checkedParameters(model: Mistral): Map<string, Tensor> {
   const expected = mistralTensors(model.config);
   const found = new Map(model.namedParameters());
-  const wrapped = [...found.keys()].find((name) => /(^|\.)base_layer\./.test(name));
+  // What adapts a module holds it as base_layer, in every method.
+  const wrapped = [...model.namedModules()].find(([, module]) => 'base_layer' in module);
   if (wrapped !== undefined) {
-    const path = wrapped.slice(0, wrapped.search(/\.?base_layer\./));
+    const [path] = wrapped;
     throw new LorikeetError(
       `${path} is wrapped by an adapter, so the model cannot be saved as a plain checkpoint; save the adapter, or merge it ` +
         'into the weights and take it out of the model first',
