@@ -5,7 +5,14 @@ import { tmpdir } from 'node:os';
 import { basename, join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { CliError } from './errors.js';
-import { type HubOptions, type HubProgress, resolveAdapter, resolveDataset, resolveModel } from './hub.js';
+import {
+  type HubOptions,
+  type HubProgress,
+  resolveAdapter,
+  resolveDataset,
+  resolveModel,
+  resolveTokenizer,
+} from './hub.js';
 
 const commit = 'a'.repeat(40);
 
@@ -425,6 +432,22 @@ describe('resolveModel from a hub', () => {
   it('finds the cache through the environment', async () => {
     const path = await resolveModel(hub.id, { env: { HF_ENDPOINT: `${hub.endpoint}/`, HF_HOME: join(folder, 'h') } });
     expect(path).toBe(join(folder, 'h', 'hub', 'models--org--name', 'snapshots', commit));
+  });
+});
+
+describe('resolveTokenizer', () => {
+  it('fetches no weights, and is not taken for a whole model later', async () => {
+    const path = await resolveTokenizer(hub.id, options());
+    expect((await readdir(path)).sort()).toEqual(['config.json', 'tokenizer.json']);
+    expect(await resolveTokenizer(hub.id, options({ offline: true }))).toBe(path);
+    expect((await failure(resolveModel(hub.id, options({ offline: true })))).message).toMatch(
+      /not whole \(model.safetensors missing\)/,
+    );
+    await rm(join(path, 'tokenizer.json'));
+    expect((await failure(resolveTokenizer(hub.id, options({ offline: true })))).message).toMatch(
+      /not whole \(tokenizer.json missing\)/,
+    );
+    expect(await resolveTokenizer(folder)).toBe(folder);
   });
 });
 

@@ -224,6 +224,20 @@ export async function resolveModel(idOrFolder: string, options: HubOptions = {})
   });
 }
 
+/**
+ * The local folder of a model's tokenizer: the folder itself, or a snapshot with the small files of the model alone, for
+ * commands that need no weights.
+ */
+export async function resolveTokenizer(idOrFolder: string, options: HubOptions = {}): Promise<string> {
+  const local = await localFolder(idOrFolder, 'model');
+  if (local !== undefined) return local;
+  checkRepoId(idOrFolder, 'model');
+  const hub = await settings(options);
+  const fill = (snapshot: Snapshot): Promise<void> =>
+    snapshot.fetch(snapshot.files.filter((file) => !file.path.includes('/') && modelFile(file.path)));
+  return fetchSnapshot(hub, 'model', idOrFolder, fill, ['tokenizer.json']);
+}
+
 /** Small files of a model: everything that configuration, tokenizer and generation need. */
 function modelFile(path: string): boolean {
   return path.endsWith('.json') || /^(tokenizer\.model|chat_template\.jinja)$/.test(path);
@@ -380,16 +394,18 @@ function guardedFetch(hub: Settings): typeof fetch {
   };
 }
 
+/** @param enough files that a cached copy of a model must have; by default those that it takes to run it */
 async function fetchSnapshot(
   hub: Settings,
   type: RepoType,
   id: string,
   fill: (snapshot: Snapshot) => Promise<void>,
+  enough?: readonly string[],
 ): Promise<string> {
   const revision = hub.options.revision ?? 'main';
   checkRevision(revision);
   const storage = join(hub.cacheDir, `${type}s--${id.replaceAll('/', '--')}`);
-  if (hub.offline) return cachedSnapshot(hub, type, id, storage, revision);
+  if (hub.offline) return cachedSnapshot(hub, { type, id, storage, revision, enough });
 
   let commit: string;
   let files: RemoteFile[];
@@ -401,7 +417,7 @@ async function fetchSnapshot(
   } catch (error) {
     if (hub.options.signal?.aborted) throw hub.options.signal.reason;
     if (unreachable(error)) {
-      const cached = await cachedSnapshot(hub, type, id, storage, revision).catch(() => undefined);
+      const cached = await cachedSnapshot(hub, { type, id, storage, revision, enough }).catch(() => undefined);
       if (cached !== undefined) {
         hub.options.onNote?.(`${hub.endpoint} cannot be reached; ${id} is taken from the cache`);
         return cached;
@@ -936,14 +952,19 @@ function explain(error: unknown, hub: Settings, type: RepoType, id: string, revi
   return new CliError(printable(String(error)), { where: id });
 }
 
+/** What is looked for in the cache. */
+interface Wanted {
+  readonly type: RepoType;
+  readonly id: string;
+  readonly storage: string;
+  readonly revision: string;
+  /** Files of a model that must be there; by default those that it takes to run it. */
+  readonly enough: readonly string[] | undefined;
+}
+
 /** A snapshot that an earlier run completed, without asking the server. */
-async function cachedSnapshot(
-  hub: Settings,
-  type: RepoType,
-  id: string,
-  storage: string,
-  revision: string,
-): Promise<string> {
+async function cachedSnapshot(hub: Settings, wanted: Wanted): Promise<string> {
+  const { type, id, storage, revision, enough } = wanted;
   const kind = type === 'model' ? 'model' : 'data set';
   const missing = (what: string): CliError =>
     new CliError(`${what}, and offline mode forbids to fetch it`, {
@@ -961,7 +982,7 @@ async function cachedSnapshot(
   const files = await listFolder(folder).catch((): string[] => []);
   if (files.length === 0) throw missing(`this ${kind} is not in the cache ${hub.cacheDir}`);
   if (type === 'model') {
-    const lacking = await missingFiles(folder, files);
+    const lacking = enough?.filter((name) => !files.includes(name)) ?? (await missingFiles(folder, files));
     if (lacking.length > 0) throw missing(`the cached copy is not whole (${printable(lacking.join(', '))} missing)`);
   }
   return folder;
