@@ -267,6 +267,8 @@ describe('dumpConfig', () => {
     expect(resolve(dumpConfig(config)).config).toEqual(config);
     expect(resolve(dumpConfig(resolveConfig({}).config)).config).toEqual(resolveConfig({}).config);
     expect(resolve(dumpConfig(resolve('report_to: none').config)).config.report_to).toEqual([]);
+    const validated = resolve('validation_file: v.jsonl').config;
+    expect(resolve(dumpConfig(validated)).config).toEqual(validated);
   });
 
   it('survives any text in it', () => {

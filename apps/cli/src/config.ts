@@ -733,6 +733,8 @@ export function dumpConfig(config: Config): string {
       const part = Object.fromEntries(Object.entries(value).filter(([, item]) => item !== null));
       if (Object.keys(part).length > 0) shown[name] = part;
     } else if (name === 'report_to' && Array.isArray(value) && value.length === 0) shown[name] = 'none';
+    // The default beside a validation file says nothing, and written out it would contradict the file.
+    else if (name === 'validation_split' && config.validation_file !== null && config.validation_split > 0) continue;
     else if (value !== null) shown[name] = value;
   }
   return stringify(shown, { lineWidth: 0 });
