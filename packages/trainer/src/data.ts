@@ -452,6 +452,42 @@ export function collate(
   return { ids, labels, spans, B, T, supervised, rows: examples.map((example) => example.row) };
 }
 
+/** Makes a batch of examples, in their order. */
+export type DataCollator = (examples: readonly TokenizedExample[]) => Batch;
+
+/** The collator that options mean; a collator is given back as it is. */
+export function collatorOf(options: CollateOptions | DataCollator = {}): DataCollator {
+  return typeof options === 'function' ? options : (examples) => collate(examples, options);
+}
+
+/**
+ * Checks that every example can be trained or scored: as many labels as ids, ids of the vocabulary, something supervised.
+ * On the device an id outside of the table would be taken for another one without a sign.
+ *
+ * @param what which set it is, for the message
+ * @throws DataError that names every bad row; RangeError when there are no rows
+ */
+export function checkExamples(examples: readonly TokenizedExample[], vocabSize: number, what: string): void {
+  if (examples.length === 0) throw new RangeError(`the ${what} set has no rows`);
+  const problems = examples.flatMap(({ row, ids, labels }, index): RowProblem[] => {
+    const bad = (message: string): RowProblem[] => [{ index, where: `row ${row + 1}`, message }];
+    if (ids.length === 0 || ids.length !== labels.length) {
+      return bad(`${ids.length} ids and ${labels.length} labels; there must be as many, at least one`);
+    }
+    const known = (id: number): boolean => id >= 0 && id < vocabSize;
+    const id = ids.find((token) => !known(token)) ?? labels.find((token) => token !== ignoreIndex && !known(token));
+    if (id !== undefined) return bad(`token id ${id}, but the model knows 0 to ${vocabSize - 1}`);
+    return labels.some((label, t) => t > 0 && label !== ignoreIndex) ? [] : bad('no token is supervised');
+  });
+  if (problems.length > 0) {
+    throw new DataError(
+      `the ${what} set has rows that the model cannot take`,
+      problems,
+      'Mend or remove these rows; ids beyond the vocabulary mean another tokenizer, or embeddings that were not resized.',
+    );
+  }
+}
+
 /**
  * A short name for tokenised data: 16 hexadecimal digits that depend on every id and label and on the order (two FNV-1a sums
  * with different starts). It tells changed data apart when a run goes on; it is no protection against forgery.

@@ -25,25 +25,14 @@ export function batchLoss(
   normaliser: number,
   options: { readonly checkpointing?: boolean } = {},
 ): BatchLoss {
-  const { B, T } = batch;
-  const device = firstDevice(model);
-  const rows: number[] = [];
-  const targets: number[] = [];
-  for (let b = 0; b < B; b++) {
-    for (let t = 1; t < T; t++) {
-      const label = batch.labels[b * T + t];
-      if (label === ignoreIndex) continue;
-      rows.push(b * T + t - 1);
-      targets.push(label);
-    }
-  }
+  const supervised = Array.from({ length: batch.B }, (_, b) => supervisedOf(batch, b));
+  const rows = supervised.flatMap((of) => of.positions);
+  const targets = supervised.flatMap((of) => of.labels);
   if (rows.length === 0)
     throw new RangeError('batchLoss: no token of the batch is supervised; its loss would be 0 / 0');
-  const ids = device.fromArray(batch.ids, [B, T], 'i32');
-  const spans = device.fromArray(batch.spans, [B, 2], 'i32');
-  const hidden = model.hidden({ ids, spans }, options);
-  const h = reshape(hidden, [B * T, hidden.shape[2]]);
-  const chunk = Math.max(16, Math.floor(logitsBytes / (4 * model.vocabSize)));
+  const h = flatHidden(model, batch, options);
+  const { device } = h;
+  const chunk = logitsRows(model.vocabSize);
   let total: BatchLoss | undefined;
   for (let from = 0; from < rows.length; from += chunk) {
     const to = Math.min(rows.length, from + chunk);
@@ -59,6 +48,37 @@ export function batchLoss(
   }
   if (total === undefined) throw new RangeError('batchLoss: no chunk');
   return total;
+}
+
+/** Rows of logits that are made at a time. @internal */
+export function logitsRows(vocabSize: number): number {
+  return Math.max(16, Math.floor(logitsBytes / (4 * vocabSize)));
+}
+
+/** Where the supervised labels of row b are predicted (the token before each, in [0, B T)), and the labels. @internal */
+export function supervisedOf({ labels, T }: Batch, b: number): { positions: number[]; labels: number[] } {
+  const found: { positions: number[]; labels: number[] } = { positions: [], labels: [] };
+  for (let t = 1; t < T; t++) {
+    const label = labels[b * T + t];
+    if (label === ignoreIndex) continue;
+    found.positions.push(b * T + t - 1);
+    found.labels.push(label);
+  }
+  return found;
+}
+
+/** Hidden states of a batch, [B T, D]. @internal */
+export function flatHidden(
+  model: CausalLM,
+  { ids, spans, B, T }: Batch,
+  options: { readonly checkpointing?: boolean } = {},
+): Tensor {
+  const device = firstDevice(model);
+  const hidden = model.hidden(
+    { ids: device.fromArray(ids, [B, T], 'i32'), spans: device.fromArray(spans, [B, 2], 'i32') },
+    options,
+  );
+  return reshape(hidden, [B * T, hidden.shape[2]]);
 }
 
 function firstDevice(model: CausalLM): Tensor['device'] {

@@ -2,37 +2,19 @@
 import { valueAndGrad } from '@lorikeet/autograd';
 import { type CausalLM, withTraining } from '@lorikeet/nn';
 import { keep, LorikeetError, scope, type Tensor } from '@lorikeet/tensor';
-import { type Batch, BatchSampler, type CollateOptions, collate, type TokenizedExample } from './data.js';
+import { stepCount, totalSteps, type TrainingArguments, validateTrainingArguments } from './arguments.js';
+import {
+  type Batch,
+  BatchSampler,
+  checkExamples,
+  type CollateOptions,
+  collatorOf,
+  type DataCollator,
+  type TokenizedExample,
+} from './data.js';
 import { batchLoss } from './loss.js';
 import { accumulate, AdamW, type AdamWOptions, type LossScaleOptions, type OptimizerRecord } from './optimizer.js';
-import { type SchedulerType, scheduleTable } from './schedule.js';
-
-/** Settings of a run, named and defaulted as in transformers' TrainingArguments. */
-export interface TrainingArguments extends Omit<AdamWOptions, 'learningRates' | 'lossScale'> {
-  /** Default 8. */
-  readonly per_device_train_batch_size?: number;
-  /** Default 8. */
-  readonly per_device_eval_batch_size?: number;
-  /** Micro-batches of one optimizer step; the loss is normalised by the supervised tokens of all of them. Default 1. */
-  readonly gradient_accumulation_steps?: number;
-  /** Default 3; may be a fraction. */
-  readonly num_train_epochs?: number;
-  /** Optimizer steps of the run; goes before `num_train_epochs` when above 0. */
-  readonly max_steps?: number;
-  /** Default 5e-5. */
-  readonly learning_rate?: number;
-  /** Default linear. */
-  readonly lr_scheduler_type?: SchedulerType;
-  readonly warmup_ratio?: number;
-  readonly warmup_steps?: number;
-  readonly gradient_checkpointing?: boolean;
-  /** Evaluate every so many steps (and after the last); 0, the default, does not. */
-  readonly eval_steps?: number;
-  /** Seed of data order and dropout; default 42. */
-  readonly seed?: number;
-  /** Seed of the data order where it should differ. */
-  readonly data_seed?: number;
-}
+import { scheduleTable } from './schedule.js';
 
 /** What `train` takes. */
 export interface TrainOptions {
@@ -42,11 +24,14 @@ export interface TrainOptions {
   readonly args: TrainingArguments;
   readonly trainDataset: readonly TokenizedExample[];
   readonly evalDataset?: readonly TokenizedExample[] | undefined;
-  readonly collate?: CollateOptions;
+  /** How examples become a batch. */
+  readonly collate?: CollateOptions | DataCollator;
   /** Dynamic loss scaling; default on for models with f16 activations. False turns it off. */
   readonly lossScale?: LossScaleOptions | false;
-  /** Stops cleanly after the step that runs. */
+  /** Stops cleanly: steps that were begun are finished and yielded, a running evaluation is given up. */
   readonly signal?: AbortSignal | undefined;
+  /** Called during evaluations with the rows done so far and all rows. */
+  readonly onEvalProgress?: ((rows: number, total: number) => void) | undefined;
 }
 
 /** One optimizer step. */
@@ -93,6 +78,17 @@ export interface EvalRecord {
 
 /** What `train` yields. */
 export type TrainRecord = StepRecord | EvalRecord;
+
+/** What `train` returns. */
+export interface TrainResult {
+  /** Optimizer steps done, skipped ones included. */
+  readonly steps: number;
+  readonly totalSteps: number;
+  /** Steps that changed nothing because a gradient was not finite. */
+  readonly skippedSteps: number;
+  /** True when `signal` ended the run before its last step or evaluation. */
+  readonly aborted: boolean;
+}
 
 /** Records may lag their step by this many, so that the host never waits for the step it has just recorded. */
 const lag = 2;
@@ -141,33 +137,36 @@ export class Stepper {
       throw new LorikeetError('no token of an optimizer step is supervised; its loss would be 0 / 0');
     let grads: Tensor[] = [];
     let sums: { loss: Tensor; correct: Tensor } | undefined;
-    for (const batch of window) {
-      // A micro-batch without supervised tokens adds nothing; the window is normalised as a whole.
-      const step = this.#microStep++;
-      if (batch.supervised === 0) continue;
-      withTraining({ seed: this.#seed, step }, () =>
-        scope(() => {
-          const run = valueAndGrad(
-            () => {
-              const { loss, correct } = batchLoss(this.#model, batch, supervisedTokens, {
-                checkpointing: this.#checkpointing,
-              });
-              return [loss, correct];
-            },
-            this.#parameters,
-            { seed: this.optimizer.scale },
-          );
-          const [correct] = run.aux;
-          if (sums === undefined) {
-            sums = keep({ loss: run.value, correct });
-            grads = keep([...run.grads]);
-          } else {
-            accumulate(sums.loss, run.value);
-            accumulate(sums.correct, correct);
-            run.grads.forEach((g, i) => accumulate(grads[i], g));
-          }
-        }),
+    const add = (batch: Batch): void => {
+      const run = valueAndGrad(
+        () => {
+          const { loss, correct } = batchLoss(this.#model, batch, supervisedTokens, {
+            checkpointing: this.#checkpointing,
+          });
+          return [loss, correct];
+        },
+        this.#parameters,
+        { seed: this.optimizer.scale },
       );
+      const [correct] = run.aux;
+      if (sums === undefined) {
+        sums = keep({ loss: run.value, correct });
+        grads = keep([...run.grads]);
+      } else {
+        accumulate(sums.loss, run.value);
+        accumulate(sums.correct, correct);
+        run.grads.forEach((g, i) => accumulate(grads[i], g));
+      }
+    };
+    try {
+      for (const batch of window) {
+        const step = this.#microStep++;
+        // A micro-batch without supervised tokens adds nothing; the window is normalised as a whole.
+        if (batch.supervised > 0) withTraining({ seed: this.#seed, step }, () => scope(() => add(batch)));
+      }
+    } catch (error) {
+      for (const x of [...grads, ...Object.values<Tensor>(sums ?? {})]) x.dispose();
+      throw error;
     }
     if (sums === undefined) throw new LorikeetError('the window has no batch');
     return { grads, sums, supervisedTokens };
@@ -176,9 +175,12 @@ export class Stepper {
   /** One optimizer step. The promise settles when the device has done it; the host need not wait. */
   step(window: readonly Batch[]): Promise<WindowRecord> {
     const { grads, sums, supervisedTokens } = this.gradients(window);
-    const optimizer = this.optimizer.step(grads);
-    const read = Promise.all([optimizer, sums.loss.item(), sums.correct.item()]);
-    for (const x of [...grads, sums.loss, sums.correct]) x.dispose();
+    let read: Promise<[OptimizerRecord, number, number]>;
+    try {
+      read = Promise.all([this.optimizer.step(grads), sums.loss.item(), sums.correct.item()]);
+    } finally {
+      for (const x of [...grads, sums.loss, sums.correct]) x.dispose();
+    }
     return read.then(([record, loss, correct]) => ({
       ...record,
       loss,
@@ -193,51 +195,40 @@ export class Stepper {
   }
 }
 
-/** Optimizer steps of a run over `length` rows. */
-export function totalSteps(
-  length: number,
-  args: TrainingArguments,
-): { readonly perEpoch: number; readonly total: number } {
-  const {
-    per_device_train_batch_size: batch = 8,
-    gradient_accumulation_steps: accumulation = 1,
-    num_train_epochs: epochs = 3,
-    max_steps = -1,
-  } = args;
-  const perEpoch = Math.max(1, Math.ceil(Math.ceil(length / batch) / accumulation));
-  return { perEpoch, total: max_steps > 0 ? max_steps : Math.ceil(epochs * perEpoch) };
-}
-
 /**
  * Token-weighted loss and accuracy over a data set, without dropout.
- * `options.onProgress` is called with the rows done so far.
+ * `options.onProgress` is called with the rows done so far and all rows.
+ * @throws the signal's reason when `options.signal` is aborted
  */
 export async function evaluateLoss(
   model: CausalLM,
   dataset: readonly TokenizedExample[],
   options: {
     readonly batchSize?: number;
-    readonly collate?: CollateOptions;
-    readonly onProgress?: (rows: number) => void;
+    readonly collate?: CollateOptions | DataCollator | undefined;
+    readonly onProgress?: ((rows: number, total: number) => void) | undefined;
     readonly signal?: AbortSignal | undefined;
   } = {},
 ): Promise<{ loss: number; tokenAccuracy: number; supervisedTokens: number }> {
   const batchSize = options.batchSize ?? 8;
+  const toBatch = collatorOf(options.collate);
   let loss = 0;
   let correct = 0;
   let supervisedTokens = 0;
   for (let from = 0; from < dataset.length; from += batchSize) {
     options.signal?.throwIfAborted();
-    const batch = collate(dataset.slice(from, from + batchSize), options.collate);
-    if (batch.supervised === 0) continue;
-    const sums = scope(() => keep(batchLoss(model, batch, 1)));
-    const [batchSum, right] = await Promise.all([sums.loss.item(), sums.correct.item()]);
-    sums.loss.dispose();
-    sums.correct.dispose();
-    loss += batchSum;
-    correct += right;
-    supervisedTokens += batch.supervised;
-    options.onProgress?.(Math.min(dataset.length, from + batchSize));
+    const batch = toBatch(dataset.slice(from, from + batchSize));
+    if (batch.supervised > 0) {
+      const sums = scope(() => keep(batchLoss(model, batch, 1)));
+      const read = Promise.all([sums.loss.item(), sums.correct.item()]);
+      sums.loss.dispose();
+      sums.correct.dispose();
+      const [batchSum, right] = await read;
+      loss += batchSum;
+      correct += right;
+      supervisedTokens += batch.supervised;
+    }
+    options.onProgress?.(Math.min(dataset.length, from + batchSize), dataset.length);
   }
   if (supervisedTokens === 0) throw new LorikeetError('the evaluation set has no supervised token');
   return { loss: loss / supervisedTokens, tokenAccuracy: correct / supervisedTokens, supervisedTokens };
@@ -247,17 +238,26 @@ export async function evaluateLoss(
  * Trains `parameters` in place and yields a record per optimizer step and evaluation. Steps are recorded ahead of the
  * device, so a record may come up to two steps late; before an evaluation and at the end all records come first.
  * Breaking off the loop, or `signal`, ends after the steps that were begun and frees the optimizer's state.
+ *
+ * A loss or gradient that is not finite is in the records as it is, and the step is skipped.
+ * @returns the steps done, and whether `signal` ended the run early
+ * @throws RangeError that names every wrong value of `args`; LorikeetError for rows or parameters that cannot be
+ * trained. Both before anything is allocated.
  */
-export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord, void, undefined> {
-  const { model, args, trainDataset, evalDataset } = options;
+export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord, TrainResult, undefined> {
+  const { model, args, trainDataset, evalDataset, signal } = options;
+  const scaling = options.lossScale ?? (model.dtype === 'f16' ? {} : false);
+  validateTrainingArguments(args, scaling);
   const {
     per_device_train_batch_size: batchSize = 8,
     per_device_eval_batch_size: evalBatchSize = 8,
     gradient_accumulation_steps: accumulation = 1,
     eval_steps = 0,
+    eval_on_start = false,
     seed = 42,
   } = args;
-  if (trainDataset.length === 0) throw new LorikeetError('the training set has no rows');
+  checkExamples(trainDataset, model.vocabSize, 'training');
+  if (evalDataset !== undefined) checkExamples(evalDataset, model.vocabSize, 'evaluation');
   const { perEpoch, total } = totalSteps(trainDataset.length, args);
   const learningRates = scheduleTable({
     type: args.lr_scheduler_type ?? 'linear',
@@ -266,7 +266,8 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     ...(args.warmup_steps === undefined ? {} : { warmupSteps: args.warmup_steps }),
     ...(args.warmup_ratio === undefined ? {} : { warmupRatio: args.warmup_ratio }),
   });
-  const scaling = options.lossScale ?? (model.dtype === 'f16' ? {} : false);
+  const evalEvery = stepCount(eval_steps, total);
+  const toBatch = collatorOf(options.collate);
   const sampler = new BatchSampler(trainDataset.length, { batchSize, seed: args.data_seed ?? seed, shuffle: true });
   const stepper = new Stepper(model, options.parameters, {
     ...args,
@@ -278,12 +279,15 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
   device.resetPeak();
   const began = performance.now();
   let lastRecord = began;
+  let steps = 0;
   let skippedSteps = 0;
+  let gaveUp = false;
   const pending: { step: number; tokens: number; epoch: number; done: Promise<WindowRecord> }[] = [];
 
   const settle = async (next: (typeof pending)[number]): Promise<StepRecord> => {
     const record = await next.done;
     device.throwIfFailed();
+    steps = next.step;
     if (record.skipped) skippedSteps++;
     const now = performance.now();
     const seconds = (now - lastRecord) / 1000;
@@ -308,41 +312,58 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     };
   };
 
+  /** Undefined when `signal` ended it. */
+  const evaluate = async (rows: readonly TokenizedExample[], step: number): Promise<EvalRecord | undefined> => {
+    try {
+      const result = await evaluateLoss(model, rows, {
+        batchSize: evalBatchSize,
+        collate: toBatch,
+        signal,
+        onProgress: options.onEvalProgress,
+      });
+      device.throwIfFailed();
+      lastRecord = performance.now();
+      return { kind: 'eval', step, epoch: step / perEpoch, ...result };
+    } catch (error) {
+      if (signal?.aborted !== true || error !== signal.reason) throw error;
+      gaveUp = true;
+      return undefined;
+    }
+  };
+
   try {
-    for (let step = 1; step <= total && options.signal?.aborted !== true; step++) {
+    if (evalDataset !== undefined && eval_on_start) {
+      const record = await evaluate(evalDataset, 0);
+      if (record !== undefined) yield record;
+    }
+    for (let step = 1; step <= total && signal?.aborted !== true; step++) {
       const window: Batch[] = [];
       // An epoch's last window may be shorter: a step never mixes epochs.
       for (let ended = false; window.length < accumulation && !ended; ) {
         const { rows, endsEpoch } = sampler.next();
-        window.push(
-          collate(
-            rows.map((row) => trainDataset[row]),
-            options.collate,
-          ),
-        );
+        window.push(toBatch(rows.map((row) => trainDataset[row])));
         ended = endsEpoch;
       }
+      const done = stepper.step(window);
+      // It is awaited later; until then a failure must not count as one that nobody hears.
+      done.catch(() => {});
       pending.push({
         step,
         tokens: window.reduce((sum, b) => sum + realTokens(b), 0),
         epoch: step / perEpoch,
-        done: stepper.step(window),
+        done,
       });
       while (pending.length > lag) yield await settle(pending.shift() ?? pending[0]);
-      if (evalDataset !== undefined && eval_steps > 0 && (step % eval_steps === 0 || step === total)) {
+      if (evalDataset !== undefined && evalEvery > 0 && (step % evalEvery === 0 || step === total)) {
         while (pending.length > 0) yield await settle(pending.shift() ?? pending[0]);
-        const result = await evaluateLoss(model, evalDataset, {
-          batchSize: evalBatchSize,
-          ...(options.collate === undefined ? {} : { collate: options.collate }),
-        });
-        yield { kind: 'eval', step, epoch: step / perEpoch, ...result };
-        lastRecord = performance.now();
+        const record = await evaluate(evalDataset, step);
+        if (record !== undefined) yield record;
       }
     }
     while (pending.length > 0) yield await settle(pending.shift() ?? pending[0]);
   } finally {
-    // A consumer that breaks off must not leave rejections behind that nobody hears.
     await Promise.allSettled(pending.map(({ done }) => done));
     stepper.dispose();
   }
+  return { steps, totalSteps: total, skippedSteps, aborted: gaveUp || steps < total };
 }
