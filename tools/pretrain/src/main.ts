@@ -91,7 +91,8 @@ async function heldOut({ encode }: Prepared, seed: number): Promise<TokenizedExa
 async function save(model: Mistral, prepared: Prepared, output: string): Promise<void> {
   await mkdir(output, { recursive: true });
   await saveMistral(model, createFolder(output), { dtype: 'F16' });
-  for (const [name, text] of Object.entries(prepared.files)) await writeFile(join(output, name), text);
+  for (const name of ['tokenizer.json', 'tokenizer_config.json'] as const)
+    await writeFile(join(output, name), prepared.files[name]);
   const generation = { bos_token_id: bosId, eos_token_id: eosId, pad_token_id: padId };
   await writeFile(join(output, 'generation_config.json'), `${JSON.stringify(generation, null, 2)}\n`);
 }
