@@ -1,0 +1,83 @@
+import { keep } from '@lorikeet/tensor';
+import { randomArray64, relativeError, testDevice } from '@lorikeet/testing';
+import { expect, it } from 'vitest';
+import { AdamW, type AdamWOptions } from '../src/optimizer.js';
+
+const device = await testDevice();
+
+const shapes = { matrix: [5, 6], norm: [7] };
+const learningRates = [0.1, 0.05, 0.2];
+const start = Object.values(shapes).map((shape, i) =>
+  randomArray64(
+    shape.reduce((a, b) => a * b),
+    10 + i,
+  ).map(Math.fround),
+);
+/** Gradients of each step; those of the second are small enough not to be clipped. */
+const grads = learningRates.map((_, t) =>
+  start.map((p, i) => randomArray64(p.length, 20 + 2 * t + i, t === 1 ? 0.02 : 1).map(Math.fround)),
+);
+
+/** Loshchilov and Hutter's algorithm 2 in float64, with torch's place for epsilon and its clipping. */
+function reference(options: Omit<AdamWOptions, 'learningRates'>): Float64Array {
+  const { adam_beta1: b1 = 0.9, adam_beta2: b2 = 0.999, adam_epsilon: eps = 1e-8 } = options;
+  const { weight_decay = 0, max_grad_norm = 1 } = options;
+  const ps = start.map((p) => p.slice());
+  const ms = start.map((p) => new Float64Array(p.length));
+  const vs = start.map((p) => new Float64Array(p.length));
+  learningRates.forEach((lr, t) => {
+    const norm = Math.hypot(...grads[t].flatMap((g) => [...g]));
+    const clip = max_grad_norm > 0 ? Math.min(1, max_grad_norm / (norm + 1e-6)) : 1;
+    ps.forEach((p, i) => {
+      for (let j = 0; j < p.length; j++) {
+        const g = grads[t][i][j] * clip;
+        ms[i][j] = b1 * ms[i][j] + (1 - b1) * g;
+        vs[i][j] = b2 * vs[i][j] + (1 - b2) * g * g;
+        if (i === 0) p[j] *= 1 - lr * weight_decay;
+        p[j] -= ((lr / (1 - b1 ** (t + 1))) * ms[i][j]) / (Math.sqrt(vs[i][j] / (1 - b2 ** (t + 1))) + eps);
+      }
+    });
+  });
+  return Float64Array.from(ps.flatMap((p) => [...p]));
+}
+
+async function run(options: Omit<AdamWOptions, 'learningRates'>): Promise<number[]> {
+  const parameters = Object.entries(shapes).map(
+    ([name, shape], i) => [name, keep(device.fromArray(start[i], shape))] as const,
+  );
+  const optimizer = new AdamW(parameters, { learningRates, ...options });
+  for (const step of grads) {
+    const tensors = step.map((g, i) => device.fromArray(g, parameters[i][1].shape));
+    const { gradNorm } = await optimizer.step(tensors);
+    expect(gradNorm / Math.hypot(...step.flatMap((g) => [...g]))).toBeCloseTo(1, 5);
+    for (const x of tensors) x.dispose();
+  }
+  const out = (await Promise.all(parameters.map(async ([, p]) => Array.from(await p.read())))).flat();
+  for (const [, p] of parameters) p.dispose();
+  optimizer.dispose();
+  return out;
+}
+
+it('AdamW: clipping, decay of matrices only, epsilon and betas as in float64, and each of them matters', async () => {
+  const all = { max_grad_norm: 0.5, weight_decay: 0.3, adam_epsilon: 0.05, adam_beta1: 0.8, adam_beta2: 0.95 };
+  const wanted = reference(all);
+  expect(relativeError(await run(all), wanted)).toBeLessThanOrEqual(1e-6);
+  for (const name of Object.keys(all)) {
+    const without = Object.fromEntries(Object.entries(all).filter(([key]) => key !== name));
+    const other = await run(without);
+    expect(relativeError(other, reference(without)), name).toBeLessThanOrEqual(1e-6);
+    expect(relativeError(other, wanted), name).toBeGreaterThan(1e-3);
+  }
+  const unclipped = { ...all, max_grad_norm: 0 };
+  expect(relativeError(await run(unclipped), reference(unclipped))).toBeLessThanOrEqual(1e-6);
+});
+
+it('AdamW says what it cannot train', () => {
+  const half = keep(device.zeros([2], 'f16'));
+  expect(() => new AdamW([['a.weight', half]], { learningRates })).toThrow('a.weight is f16');
+  expect(() => new AdamW([], { learningRates })).toThrow('there is no trainable parameter');
+  const wide = keep(device.zeros([2]));
+  expect(() => new AdamW([['a', wide]], { learningRates: [] })).toThrow('learningRates is empty');
+  half.dispose();
+  wide.dispose();
+});
