@@ -376,6 +376,21 @@ function knownNames(): string[] {
   return [...known, ...Object.keys(aliases)];
 }
 
+/** Every key with what it takes and its default, for help. */
+export function configKeys(): { readonly key: string; readonly takes: string; readonly standard: string }[] {
+  const defaults = schema.parse({});
+  const shown = (value: unknown): string => (value === null ? 'not set' : quoted(value));
+  return Object.entries(defaults).flatMap(([name, value]) =>
+    Object.hasOwn(sections, name)
+      ? Object.entries(isMap(value) ? value : {}).map(([key, item]) => ({
+          key: `${name}.${key}`,
+          takes: keyType(`${name}.${key}`)?.description ?? '',
+          standard: shown(item),
+        }))
+      : [{ key: name, takes: keyType(name)?.description ?? '', standard: shown(value) }],
+  );
+}
+
 /** A value that was given for a key, and where. */
 interface Given {
   readonly value: unknown;

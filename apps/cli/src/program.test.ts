@@ -33,6 +33,13 @@ describe('lorikeet', () => {
     expect((await run('--version')).out).toMatch(/^\d+\.\d+\.\d+\n$/);
   });
 
+  it('lists every key of a run file in the help of train', async () => {
+    const { out } = await run('train', '--help');
+    expect(out).toMatch(/ {2}lora\.r +a whole number, 1 or more \(default: 8\)/);
+    expect(out).toMatch(/ {2}learning_rate +a number above 0 \(default: 0\.00005\)/);
+    expect(out).toMatch(/ {2}eval_steps .* \(default: not set\)/);
+  });
+
   it.each(['train', 'eval', 'generate', 'merge', 'doctor', 'data preview', 'inspect'])(
     '%s has help with examples',
     async (command) => {
@@ -125,8 +132,8 @@ describe('lorikeet train --dry-run', () => {
   });
 
   it('--resume is refused, not ignored', async () => {
-    expect((await run('train', '--resume')).err).toContain(
-      'resume_from_checkpoint: true asks for resuming a run, which is not supported yet',
-    );
+    const { code, err } = await run('train', '--resume');
+    expect(code).toBe(2);
+    expect(err).toContain('--resume: going on from a checkpoint is not supported yet');
   });
 });

@@ -5,10 +5,11 @@
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import pc from 'picocolors';
 import { z } from 'zod';
+import { configKeys } from './config.js';
 import type { CommandContext } from './context.js';
 import { CliError, EXIT, InterruptedError, ReportedError } from './errors.js';
 import { type SignalSource, watchInterrupt } from './interrupt.js';
-import { colorsWanted, type Io, Ui } from './ui.js';
+import { colorsWanted, formatTable, type Io, Ui } from './ui.js';
 import { version } from './version.js';
 
 /** What {@link runCli} stands on; tests give their own. */
@@ -187,6 +188,10 @@ lorikeet train -c run.yaml --json > log.jsonl    one JSON object a log step`,
     .option('--resume [checkpoint]', 'go on from the latest or the given checkpoint (not supported yet)')
     .option('--overwrite', 'replace the run that output_dir holds')
     .addOption(dtypeOption())
+    .addHelpText('after', () => {
+      const rows = configKeys().map(({ key, takes, standard }) => [`  ${key}`, `${takes} (default: ${standard})`]);
+      return `\nKeys of the run file:\n${formatTable(rows)}`;
+    })
     .action(async (overrides: string[], _options: unknown, command: Command) => {
       await run(command, async (context) => {
         const { runTrain } = await import('./commands/train.js');

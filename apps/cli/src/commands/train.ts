@@ -184,18 +184,21 @@ class Run {
       await log.close();
     }
     const { last } = course;
-    const stopped = this.#context.signal.aborted;
+    const { signal } = this.#context;
     if (last === undefined) {
-      throw stopped
+      throw signal.aborted
         ? new InterruptedError('stopped before the first step; nothing was saved')
-        : new Error('no step ran');
+        : new CliError('no step ran');
     }
-    const after =
-      course.evaluation ??
-      (validation === undefined || stopped ? undefined : await this.#evaluate(model, validation.examples, collate));
+    // Saved before it is measured: an evaluation that fails or is stopped costs no training.
+    let after = course.evaluation;
     await this.#save(model, adapter, last, { before, after });
-    this.#finish(last, { before, after }, stopped);
-    if (stopped) {
+    if (after === undefined && validation !== undefined && !signal.aborted) {
+      after = await this.#evaluate(model, validation.examples, collate);
+      await this.#save(model, adapter, last, { before, after });
+    }
+    this.#finish(last, { before, after });
+    if (signal.aborted) {
       throw new InterruptedError(
         `stopped after step ${last.step} of ${this.#total}; the adapter as it is now lies in ${config.output_dir}. Going on from it is not supported yet: use it as it is, or start again with --overwrite`,
       );
@@ -212,7 +215,7 @@ class Run {
       ui.data({
         event: 'start',
         model: this.#files.name,
-        parameters: total,
+        parameters: total - trainable,
         trainable,
         trainable_percent: percent,
         dtype: dtypeName(model),
@@ -362,7 +365,7 @@ class Run {
       card: modelCard({
         config: resolved,
         baseModel: this.#files.name,
-        baseIsHubId: this.#files.folder !== this.#files.name,
+        baseIsHubId: this.#files.folder !== this.#files.name && /^[\w.-]+\/[\w.-]+$/.test(this.#files.name),
         trainable,
         total,
         steps: last.step,
@@ -378,7 +381,7 @@ class Run {
       }),
       ...(after === undefined ? {} : { evaluation: { before: results(before), after: results(after) } }),
       record: {
-        status: this.#context.signal.aborted ? 'interrupted' : 'done',
+        status: last.step < this.#total ? 'interrupted' : 'done',
         started: this.#started.toISOString(),
         seconds,
         step: last.step,
@@ -416,10 +419,10 @@ class Run {
   #finish(
     last: StepRecord,
     { before, after }: { before: Evaluation | undefined; after: Evaluation | undefined },
-    stopped: boolean,
   ): void {
-    const { ui } = this.#context;
+    const { ui, signal } = this.#context;
     const config = this.#config;
+    const stopped = signal.aborted;
     if (ui.json) {
       ui.data({
         event: stopped ? 'interrupted' : 'done',
@@ -520,7 +523,7 @@ class LogWindow {
   #loss = 0;
   #right = 0;
   #tokens = 0;
-  #began = 0;
+  #seconds = 0;
   #allTokens = 0;
 
   add(record: StepRecord): void {
@@ -529,6 +532,8 @@ class LogWindow {
     this.#right += record.tokenAccuracy * record.supervisedTokens;
     this.#tokens += record.tokens;
     this.#allTokens += record.tokens;
+    // The record's own time, since evaluations lie between the records.
+    this.#seconds += record.tokens / record.tokensPerSecond;
   }
 
   /** The line of the steps so far; the next one begins anew. */
@@ -541,14 +546,13 @@ class LogWindow {
       grad_norm: record.gradNorm,
       learning_rate: record.learningRate,
       num_tokens: this.#allTokens,
-      tokens_per_second: this.#tokens / Math.max(1e-9, record.seconds - this.#began),
+      tokens_per_second: this.#tokens / this.#seconds,
       peak_memory_bytes: record.peakBytes,
       loss_scale: record.lossScale,
       skipped_steps: record.skippedSteps,
       seconds: record.seconds,
     };
-    this.#supervised = this.#loss = this.#right = this.#tokens = 0;
-    this.#began = record.seconds;
+    this.#supervised = this.#loss = this.#right = this.#tokens = this.#seconds = 0;
     return entry;
   }
 }
