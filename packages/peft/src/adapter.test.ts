@@ -71,7 +71,7 @@ describe('an adapter', () => {
 
   it.each(['none', 'all', 'lora_only'] as const)('bias %s trains the same, as there are no biases', (bias) => {
     const model = new TinyModel(device);
-    const adapter = injectAdapter(model, { ...config, bias });
+    const adapter = injectAdapter(model, loraConfig({ target_modules: config.target_modules, bias }));
     expect([...adapter.parameters()].map(([name]) => name)).toEqual(
       ['q_proj', 'lm_head'].flatMap((m) => ['A', 'B'].map((x) => `base_model.model.${m}.lora_${x}.weight`)),
     );

@@ -92,7 +92,7 @@ export function ranksOf(config: LoraConfig): (path: string) => RankAndScaling {
   };
 }
 
-/** Some of a list of names, for messages. */
+/** @internal Some of a list of names, for messages. */
 export function someOf(names: readonly string[]): string {
   return `${names.slice(0, 5).join(', ')}${names.length > 5 ? ', …' : ''}`;
 }
