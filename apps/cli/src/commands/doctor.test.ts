@@ -1,4 +1,4 @@
-import { spawnSync } from 'node:child_process';
+import { spawnSync, type SpawnSyncReturns } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { describe, expect, it } from 'vitest';
@@ -61,7 +61,7 @@ describe.skipIf(!existsSync(main) || process.platform !== 'linux')(
   'doctor without an adapter (needs the build, and Linux)',
   () => {
     const missing = '/missing/driver.json';
-    const doctor = (...args: string[]): ReturnType<typeof spawnSync<string>> =>
+    const doctor = (...args: string[]): SpawnSyncReturns<string> =>
       spawnSync(process.execPath, [main, 'doctor', ...args], {
         encoding: 'utf8',
         env: { ...process.env, VK_DRIVER_FILES: missing, VK_ICD_FILENAMES: missing, NO_COLOR: '1' },
@@ -81,7 +81,7 @@ describe.skipIf(!existsSync(main) || process.platform !== 'linux')(
     it('--json prints one object with the problem and the fixes', () => {
       const { status, stdout, stderr } = doctor('--json');
       expect(status).toBe(1);
-      const report: DoctorReport = JSON.parse(String(stdout));
+      const report: DoctorReport = JSON.parse(stdout);
       expect(report).toMatchObject({ ready: false, adapter: null, measured: null });
       expect(report.problem).toMatch(/no WebGPU adapter/);
       expect(report.fixes?.length).toBeGreaterThan(1);
