@@ -46,7 +46,7 @@ describe('renderPreview', () => {
       problem: 'the completion is\u001b[2J empty',
     };
     const text = renderPreview(uiOf(false), bad);
-    expect(text).toBe('a\\x1b[31mb\\u202e\n1 tokens: 0 trained\nnot trained on: the completion is\\x1b[2J empty');
+    expect(text).toBe('a\\x1b[31mb\\u202e\n1 token: 0 trained\nnot trained on: the completion is\\x1b[2J empty');
   });
 
   it('tells whether a row trains its end', () => {

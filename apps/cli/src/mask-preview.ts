@@ -83,7 +83,11 @@ export function renderPreview(ui: Ui, preview: RowPreview): string {
   if (preview.segments.length > 0) {
     const cut = truncated > 0 ? `, ${formatCount(truncated)} cut off` : '';
     const tokens = special + masked + trained;
-    out.push(ui.colors.dim(`${formatCount(tokens)} tokens: ${formatCount(trained)} trained${cut}`));
+    out.push(
+      ui.colors.dim(
+        `${formatCount(tokens)} ${tokens === 1 ? 'token' : 'tokens'}: ${formatCount(trained)} trained${cut}`,
+      ),
+    );
   }
   if (preview.problem !== undefined) out.push(ui.colors.red(`not trained on: ${printable(preview.problem, 400)}`));
   return out.join('\n');
