@@ -98,21 +98,23 @@ fn kernel(group: u32, lane: u32) {
 const backwardKernel = defineKernel({
   name: 'cross_entropy_backward',
   bindings: { z: 'read', labels: 'read', stats: 'read', dy: 'read', out: 'write' },
-  params: { quads: 'u32', row_quads: 'u32', columns: 'u32', scale: 'f32' },
+  params: { row_quads: 'u32', columns: 'u32', scale: 'f32' },
   workgroupSize,
+  // A workgroup takes a row, so that label and statistics are read once a thread, not once a quad.
   body: `
 fn kernel(group: u32, lane: u32) {
-  let i = group * WORKGROUP + lane;
-  if (i >= P.quads) { return; }
-  let row = i / P.row_quads;
-  let label = labels_load(row);
-  if (label < 0) { out_store4(i, vec4<f32>(0.0)); return; }
-  let column = (i % P.row_quads) * 4u;
-  let s = stats_load4(2u * row);
+  let at = group * P.row_quads;
+  let label = labels_load(group);
+  let live = label >= 0;
+  let s = stats_load4(2u * group);
   let factor = dy_load(0u) * P.scale;
-  let columns = vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u);
-  let p = select(exp(z_load4(i) - s.x) / s.y, vec4<f32>(-s.z / s.y), columns == vec4<u32>(u32(label)));
-  out_store4(i, mask4(factor * p, column, P.columns));
+  let target_column = vec4<u32>(u32(max(label, 0)));
+  let at_label = vec4<f32>(-s.z / s.y);
+  for (var q = lane; q < P.row_quads; q += WORKGROUP) {
+    let column = vec4<u32>(q * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+    let p = select(exp(z_load4(at + q) - s.x) / s.y, at_label, column == target_column);
+    out_store4(at + q, select(vec4<f32>(0.0), factor * p, (column < vec4<u32>(P.columns)) & vec4<bool>(live)));
+  }
 }`,
 });
 
@@ -140,12 +142,11 @@ export const crossEntropyOp: Op<{ scale: number }> = defineOp<{ scale: number }>
     // Undefined: nothing but the count of correct rows was used, and that is a step function.
     if (dy === undefined || z === undefined || labels === undefined || stats === undefined) return [];
     const out = z.device.empty(z.shape, z.dtype);
-    const quads = (z.rows * z.pitch) / 4;
     z.device.dispatch(
       backwardKernel,
       { z, labels, stats, dy, out },
-      { quads, row_quads: z.pitch / 4, columns: z.columns, scale },
-      Math.ceil(quads / workgroupSize),
+      { row_quads: z.pitch / 4, columns: z.columns, scale },
+      z.rows,
     );
     return [out];
   },
