@@ -3,7 +3,7 @@
  * adapter on top of it. Loading shows its progress and can be interrupted between tensors.
  */
 import { readFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import {
   type JsonObject,
   loadMistral,
@@ -278,6 +278,13 @@ function isList(value: readonly number[] | Readonly<Record<string, readonly numb
 export async function readSession(context: CommandContext, flags: SessionFlags): Promise<SessionFiles> {
   const files = await readModelFiles(context, flags.model, flags);
   const adapterFiles = flags.adapter === undefined ? undefined : await readAdapterFiles(context, flags.adapter, flags);
+  const base = adapterFiles?.config.base_model_name_or_path ?? null;
+  // Shapes alone do not tell two models of one size apart.
+  if (base !== null && basename(base) !== basename(files.folder) && basename(base) !== basename(files.name)) {
+    context.ui.warn(
+      `the adapter ${printable(flags.adapter ?? '')} was trained on ${printable(base)}, not on ${printable(files.name)}; on another base its answers mean nothing`,
+    );
+  }
   return { files, adapterFiles, tokenizer: adapterFiles?.tokenizer ?? files.tokenizer };
 }
 

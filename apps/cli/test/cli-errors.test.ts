@@ -145,7 +145,7 @@ describe('bad input of eval and merge', () => {
     const model = await loadMistral(device, config, file, { dtype: 'f32' });
     await file.close();
     const adapter = injectAdapter(model, loraConfig({ target_modules: ['q_proj'], r: 2 }));
-    await adapter.save(createFolder(at('adapter')));
+    await adapter.save(createFolder(at('adapter')), { baseModelName: 'org/model' });
     model.dispose();
     await writeTinyModel(device, at('wide'), { hidden_size: 64, num_hidden_layers: 1 });
     const args = ['--model', at('wide'), '--adapter', at('adapter')];
@@ -159,6 +159,14 @@ describe('bad input of eval and merge', () => {
       expect(errorOf(result)).toMatch(/q_proj\.lora_A\.weight/);
     }
     expect((await readdir(folder)).filter((name) => name.includes('merged'))).toEqual([]);
+
+    // Another model of the same shape cannot be told by its shape; the name that the adapter carries warns.
+    await cp(at('model'), at('sibling'), { recursive: true });
+    const generate = ['generate', '--adapter', at('adapter'), '--prompt', 'a', '--max-new-tokens', '1', '--model'];
+    const sibling = await cli([...generate, at('sibling')]);
+    expect(sibling.code).toBe(0);
+    expect(sibling.err).toContain(`was trained on org/model, not on ${at('sibling')}`);
+    expect((await cli([...generate, at('model')])).err).not.toContain('was trained on');
   });
 
   it('a folder that is no adapter', async () => {

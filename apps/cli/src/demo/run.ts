@@ -3,7 +3,7 @@
  * model in this repository. It needs no network.
  */
 import { readFile, rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { join, relative } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { classificationMetrics } from '@lorikeet/trainer';
 import { z } from 'zod';
@@ -19,7 +19,7 @@ import { majorityClass, trainBagOfWords } from './bag-of-words.js';
 import { demoHeadlines, type Headline } from './headlines.js';
 
 /** The base model of this repository. */
-export const demoModel: string = fileURLToPath(new URL('../../../../models/base', import.meta.url));
+const demoModel = fileURLToPath(new URL('../../../../models/base', import.meta.url));
 
 /** What the rows of the demo ask, in FinGPT's form. */
 const instruction = 'What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}.';
@@ -75,7 +75,7 @@ const percent = (share: number): string => `${(100 * share).toFixed(1)} %`;
 /** Shows the whole path and gives the accuracies. */
 export async function runDemo(context: CommandContext, options: DemoOptions): Promise<readonly DemoResult[]> {
   const { ui, io } = context;
-  const { output, model = demoModel, sizes = { train: 600, test: 150 }, epochs = 4 } = options;
+  const { output, model = relative(process.cwd(), demoModel), sizes = { train: 600, test: 150 }, epochs = 4 } = options;
   const { bold, dim, green, red } = ui.colors;
   const began = performance.now();
   // The tables of single evaluations would hide the story; their progress stays.
