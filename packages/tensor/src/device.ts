@@ -1,5 +1,5 @@
 /** A WebGPU device: buffers, dispatches, reading back, counters, and errors that are never silent. */
-import { openGpu } from '#gpu';
+import { expectAnswer, openGpu } from '#gpu';
 import { checkShape, type DType, decode, encode, type HostArray, sizeOf, storedBytes } from './dtype.js';
 import { DeviceError, OutOfMemoryError, ShapeError } from './errors.js';
 import { type Kernel, kernelSource } from './kernel.js';
@@ -325,6 +325,7 @@ export class Device {
   /** Waits until the device has done everything submitted so far. */
   async idle(): Promise<void> {
     this.flush();
+    expectAnswer();
     await this.#device.queue.onSubmittedWorkDone();
     this.throwIfFailed();
   }
@@ -344,6 +345,7 @@ export class Device {
 
   async #map(staging: GPUBuffer, bytes: number, shape: readonly number[], dtype: DType): Promise<HostArray> {
     try {
+      expectAnswer();
       await staging.mapAsync(mapModeRead, 0, bytes);
     } catch (cause) {
       this.throwIfFailed();

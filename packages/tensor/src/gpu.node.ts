@@ -1,27 +1,37 @@
 /** Where WebGPU comes from in Node: Dawn through the npm package `webgpu`. */
 
+/** Quick polls after each question to the device; then the pauses begin. */
+const quickPolls = 60;
+/** Longest pause between two polls, in ms. */
+const longestPause = 10;
+let polls = 0;
+let asked = 0;
+
+/** Tells the polling that an answer of the device is awaited from now on. */
+export function expectAnswer(): void {
+  polls = 0;
+  asked = performance.now();
+}
+
 /**
  * Dawn polls with `setImmediate` as long as a promise of its own is pending, which burns a whole core: half of a
- * two-core machine whose other half runs the kernels. After some quick polls its callbacks wait for a 1 ms timer
- * instead. Only native callbacks (Dawn's) are slowed; everybody else's `setImmediate` is untouched.
+ * two-core machine whose other half runs the kernels. After some quick polls its callbacks wait for a timer instead: 1 ms,
+ * and longer the longer the answer takes, so that it comes about 1.5 % late at most. Only native callbacks (Dawn's) are
+ * slowed; everybody else's `setImmediate` is untouched.
  */
 function tamePolling(): void {
   const immediate = globalThis.setImmediate;
   const native = /\[native code\]/;
   const isNative = new WeakMap<object, boolean>();
-  let polls = 0;
-  let last = 0;
   const tamed = (callback: (...args: unknown[]) => void, ...args: unknown[]): unknown => {
     let slow = isNative.get(callback);
     if (slow === undefined) {
       slow = native.test(Function.prototype.toString.call(callback));
       isNative.set(callback, slow);
     }
-    if (!slow) return immediate(callback, ...args);
-    const now = performance.now();
-    if (now - last > 3) polls = 0;
-    last = now;
-    return polls++ < 60 ? immediate(callback, ...args) : setTimeout(callback, 1, ...args);
+    if (!slow || polls++ < quickPolls) return immediate(callback, ...args);
+    const pause = Math.min(longestPause, Math.max(1, (performance.now() - asked) / 64));
+    return setTimeout(callback, pause, ...args);
   };
   globalThis.setImmediate = Object.assign(tamed, immediate) as typeof setImmediate;
 }
