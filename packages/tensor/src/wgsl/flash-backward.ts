@@ -77,7 +77,7 @@ const read8 = { access: 'read', width: 8 } as const;
 const read1 = { access: 'read', width: 1 } as const;
 
 function broadcastQueries(hd: number): FlashKernel {
-  const chunks = chunksOf(hd, 64);
+  const chunks = chunksOf(hd, 32);
   const columns = range(chunks.steps * 8);
   const rows = 8 * laneRows;
   const body = `${flashPrelude}
@@ -108,7 +108,7 @@ fn kernel(group: u32, lane: u32) {
   ${tileDot('t', 'dy', 'q_at', 'v', 'key', hd)}
   let at = vec4<u32>(j) - lo;
   ${lines(range(stepRows), (r) => `s${r} = select(vec4<f32>(0.0), exp2(s${r} * factor - lse) * (t${r} - d), at + ${r}u < n);`)}
-  ${tileAccumulate('g', 's', 'k', 'key', chunks.column8, chunks.steps)}
+  ${tileAccumulate('g', 's', 'k', 'key', chunks.column8, chunks.steps, hd)}
   }
   let scale = vec4<f32>(P.scale);
   ${tileStore('g', 'scale', 'dq', 'q_at', chunks, chunks.steps, (c) => `row + ${c}u < P.rows`)}
@@ -126,7 +126,7 @@ fn kernel(group: u32, lane: u32) {
 
 function broadcastKeys(hd: number, grads: KeyGrads): FlashKernel {
   const [dk, dv] = [grads !== 'v', grads !== 'k'];
-  const chunks = chunksOf(hd, grads === 'kv' ? 32 : 64);
+  const chunks = chunksOf(hd, 32);
   const columns = range(chunks.steps * 8);
   const keys = 8 * laneRows;
   const body = `${flashPrelude}${flashRowPrelude}
@@ -155,14 +155,14 @@ fn kernel(group: u32, lane: u32) {
   ${tileDot('s', 'k', 'k_at', 'q', 'row', hd)}
   let at = vec4<u32>(i0) - lo;
   ${lines(range(stepRows), (r) => `s${r} = select(vec4<f32>(0.0), exp2(s${r} * factor - subgroupBroadcast(lse${r >> 3}, ${r & 7}u)), at + ${r}u < n);`)}
-  ${dv ? tileAccumulate('v', 's', 'dy', 'row', chunks.column8, chunks.steps) : ''}
+  ${dv ? tileAccumulate('v', 's', 'dy', 'row', chunks.column8, chunks.steps, hd) : ''}
   ${
     dk
       ? `let d0 = stats_load(bg * P.pitch + 2u * r0 + 1u);
   let d1 = stats_load(bg * P.pitch + 2u * r1 + 1u);
   ${tileDot('t', 'v', 'k_at', 'dy', 'row', hd)}
   ${lines(range(stepRows), (r) => `s${r} *= t${r} - subgroupBroadcast(d${r >> 3}, ${r & 7}u);`)}
-  ${tileAccumulate('k', 's', 'q', 'row', chunks.column8, chunks.steps)}`
+  ${tileAccumulate('k', 's', 'q', 'row', chunks.column8, chunks.steps, hd)}`
       : ''
   }
   }

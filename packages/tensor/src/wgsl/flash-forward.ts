@@ -28,7 +28,7 @@ export interface FlashKernel {
 }
 
 function broadcastForward(hd: number): FlashKernel {
-  const chunks = chunksOf(hd, 64);
+  const chunks = chunksOf(hd, 32);
   const columns = range(chunks.steps * 8);
   const rows = 8 * laneRows;
   const body = `${flashPrelude}
@@ -63,7 +63,7 @@ fn kernel(group: u32, lane: u32) {
     .map((r) => `p${r}`)
     .join(' + ')};
   ${lines(columns, (c) => `o${c} *= shrink;`)}
-  ${tileAccumulate('o', 'p', 'v', 'key', chunks.column8, chunks.steps)}
+  ${tileAccumulate('o', 'p', 'v', 'key', chunks.column8, chunks.steps, hd)}
   }
   let some = l > vec4<f32>(0.0);
   let inverse = select(vec4<f32>(0.0), 1.0 / l, some);
