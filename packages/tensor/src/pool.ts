@@ -9,7 +9,11 @@ export function capacityOf(bytes: number): number {
   return Math.ceil(least / step) * step;
 }
 
-/** Hands out GPU buffers and takes them back. Work is ordered on the queue, so a freed buffer is reusable at once. */
+/**
+ * Hands out GPU buffers and takes them back. Work is ordered on the queue, so a freed buffer is reusable at once. The
+ * oldest free buffer of a size goes first, whatever the order of freeing: a step that repeats gets the same buffers for
+ * the same tensors, and the bind groups it had.
+ */
 export class BufferPool {
   liveBytes = 0;
   peakBytes = 0;
@@ -17,6 +21,7 @@ export class BufferPool {
   pooledBytes = 0;
   created = 0;
   readonly #device: GPUDevice;
+  /** Free buffers by capacity, the oldest last. */
   readonly #free = new Map<number, Storage[]>();
   readonly #onDestroy: (bufferId: number) => void;
   readonly #budget: number;
@@ -63,9 +68,15 @@ export class BufferPool {
   release(storage: Storage): void {
     this.liveBytes -= storage.capacity;
     this.pooledBytes += storage.capacity;
-    const list = this.#free.get(storage.capacity);
-    if (list === undefined) this.#free.set(storage.capacity, [storage]);
-    else list.push(storage);
+    const list = this.#free.get(storage.capacity) ?? [];
+    let [from, to] = [0, list.length];
+    while (from < to) {
+      const middle = (from + to) >> 1;
+      if (list[middle].bufferId > storage.bufferId) from = middle + 1;
+      else to = middle;
+    }
+    list.splice(from, 0, storage);
+    this.#free.set(storage.capacity, list);
   }
 
   /** Destroys the waiting buffers. The caller must have submitted all work that uses them. */
