@@ -26,7 +26,7 @@ fn kernel(group: u32, lane: u32) {
   let i = group * WORKGROUP + lane;
   if (i >= P.quads) { return; }
   ${inputs.map((x) => `let ${x}4 = ${x}_load4(i);`).join('\n  ')}
-  out_store4(i, ${inputs.reduce((e, x) => e.replace(new RegExp(`\\b${x}\\b(?!_|4)`, 'g'), `${x}4`), expression)});
+  out_store4(i, mask4(${inputs.reduce((e, x) => e.replace(new RegExp(`\\b${x}\\b(?!_|4)`, 'g'), `${x}4`), expression)}, (i % P.row_quads) * 4u, P.columns));
 }`,
   });
 }
