@@ -97,8 +97,19 @@ async function save(model: Mistral, prepared: Prepared, output: string): Promise
   await writeFile(join(output, 'generation_config.json'), `${JSON.stringify(generation, null, 2)}\n`);
 }
 
-async function start(device: Device, from: string | undefined, seed: number, dtype: 'f32' | 'f16'): Promise<Mistral> {
+/** The model that training starts from: fresh, or the one in `from`, which must have the tokenizer of this run. */
+async function start(
+  device: Device,
+  prepared: Prepared,
+  { from, seed, dtype }: { from: string | undefined; seed: number; dtype: 'f32' | 'f16' },
+): Promise<Mistral> {
   if (from === undefined) return Mistral.create(config, new InitWeights(device, { seed }), { dtype });
+  const name = 'tokenizer.json';
+  if ((await readFile(join(from, name), 'utf8')) !== prepared.files[name]) {
+    throw new Error(
+      `${join(from, name)} is not the tokenizer that these texts give; --from needs the --seed, --phase1-tokens and --phase2-tokens that its model was made with`,
+    );
+  }
   const file = await openCheckpointFolder(from);
   try {
     const stored = parseMistralConfig(await readFile(join(from, 'config.json'), 'utf8'));
@@ -147,7 +158,7 @@ async function main(): Promise<void> {
   }
 
   const device = await openDevice();
-  const model = await start(device, values.from, seed, dtype);
+  const model = await start(device, prepared, { from: values.from, seed, dtype });
   console.log(`${model.parameterCount} parameters, ${dtype} activations, on ${device.info.description}`);
   const began = performance.now();
   for (const phase of ['phase1', 'phase2'] as const) {
