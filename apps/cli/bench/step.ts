@@ -1,12 +1,11 @@
 /**
  * One training step of a small Mistral, all parameters trained: tokens a second, effective GFLOP/s, and the time of each
- * kernel by itself. Kernel times are processor time, halved: what two undisturbed cores would need. `node packages/tensor/bench/run.mjs packages/trainer/bench/step.ts [f32|f16] [steps]`
+ * kernel by itself. Kernel times are processor time, halved: what two undisturbed cores would need. `node packages/tensor/bench/run.mjs apps/cli/bench/step.ts [f32|f16] [steps]`
  */
 import { InitWeights } from '@lorikeet/nn';
 import { type Kernel, openDevice, type Tensor } from '@lorikeet/tensor';
-import { Mistral, type MistralConfig } from '../../mistral/src/index.js';
-import type { Batch } from '../src/data.js';
-import { Stepper } from '../src/train.js';
+import { Mistral, type MistralConfig } from '@lorikeet/mistral';
+import { type Batch, Stepper } from '@lorikeet/trainer';
 
 const dtype = process.argv[3] === 'f16' ? 'f16' : 'f32';
 const steps = Number(process.argv[4] ?? 4);
