@@ -123,7 +123,7 @@ describe('attention: values and gradients', () => {
   // A software device compiles the kernels of a long head for many seconds: f16, another header only, with short ones.
   it.each([
     { columns: [8, 16], lengths: [1, 2, 7, 16, 33, 67], types: ['f32', 'f16'] as const, runs: 12 },
-    { columns: [24, 32], lengths: [1, 7, 33, 67], types: ['f32', 'f16'] as const, runs: 8 },
+    { columns: [24, 32], lengths: [1, 7, 33, 67], types: ['f32'] as const, runs: 8 },
     { columns: [64], lengths: [1, 7, 33, 67], types: ['f32'] as const, runs: 5 },
     { columns: [128], lengths: [1, 7, 33], types: ['f32'] as const, runs: 4 },
   ])(
