@@ -1,7 +1,7 @@
 import { Tokenizer } from '@huggingface/tokenizers';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { type BpeModel, bosId, bpeEncoder, eosId, padId, tokenizerFiles, trainBpe, unkId } from './bpe.js';
+import { type BpeModel, bosId, bpeEncoder, bpeOf, eosId, padId, tokenizerFiles, trainBpe, unkId } from './bpe.js';
 
 /** Words enough for some hundred merges, with digits, apostrophes, a line break and rare characters. */
 const texts: string[] = [];
@@ -27,6 +27,10 @@ const model: BpeModel = trainBpe(texts, { vocabularySize: 420, minCharacterCount
 const encode = bpeEncoder(model);
 const files = tokenizerFiles(model, 512);
 const tokenizer = new Tokenizer(JSON.parse(files['tokenizer.json']), JSON.parse(files['tokenizer_config.json']));
+
+it('bpeOf reads what tokenizerFiles wrote', () => {
+  expect(bpeOf(files['tokenizer.json'])).toEqual(model);
+});
 
 describe('trainBpe', () => {
   it('has the specials, the bytes and <pad> at their ids and no token twice', () => {

@@ -186,6 +186,21 @@ export interface TokenizerFiles {
   readonly 'tokenizer_config.json': string;
 }
 
+/** The vocabulary of a tokenizer.json that {@link tokenizerFiles} wrote. */
+export function bpeOf(tokenizerJson: string): BpeModel {
+  const parsed: unknown = JSON.parse(tokenizerJson);
+  const { vocab, merges } = (parsed as { model: { vocab: Record<string, number>; merges: string[] } }).model;
+  const tokens: string[] = [];
+  for (const [token, id] of Object.entries(vocab)) tokens[id] = token;
+  return {
+    tokens,
+    merges: merges.map((merge) => {
+      const [left = '', right = ''] = merge.split(' ');
+      return [left, right];
+    }),
+  };
+}
+
 /** Writes the model in the form of Mistral 7B v0.1's tokenizer.json: `<s>` in front, none behind. */
 export function tokenizerFiles(model: BpeModel, maxLength: number): TokenizerFiles {
   const special = [...specialTokens, '<pad>'].map((content) => ({

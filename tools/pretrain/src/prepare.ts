@@ -34,6 +34,8 @@ export interface PrepareOptions {
   readonly answersShare?: number;
   /** Rows of an optimizer step, see {@link packRows}. Default 16. */
   readonly window?: number;
+  /** The tokenizer, for going on with a model that has one; trained on the texts when left out. */
+  readonly tokenizer?: BpeModel | undefined;
   /** Told what begins. */
   readonly progress?: (message: string) => void;
 }
@@ -90,20 +92,23 @@ export async function prepare(options: PrepareOptions = {}): Promise<Prepared> {
   const layouts = new TextRandom(seed, 'layouts');
   const examples = labelled.map((one) => labelledExample(one, layouts, fingptShare));
 
-  progress('training the tokenizer');
-  const random = new TextRandom(seed, 'tokenizer sample');
-  const tokenizer = trainBpe(
-    [
-      ...sample(speeches, 0.25 * tokenizerCharacters, random),
-      ...sample(glosses, 0.25 * tokenizerCharacters, random),
-      ...sample(novel, 0.0375 * tokenizerCharacters, random),
-      ...sample(headlines, 0.375 * tokenizerCharacters, random),
-      ...sample(examples, 0.0875 * tokenizerCharacters, random),
-      // So that the words of the layouts become tokens whatever the sizes asked for.
-      ...labelled.slice(0, 1000).map(({ text, label }) => fingptExample(text, label)),
-    ],
-    { vocabularySize },
-  );
+  const learnTokenizer = (): BpeModel => {
+    progress('training the tokenizer');
+    const random = new TextRandom(seed, 'tokenizer sample');
+    return trainBpe(
+      [
+        ...sample(speeches, 0.25 * tokenizerCharacters, random),
+        ...sample(glosses, 0.25 * tokenizerCharacters, random),
+        ...sample(novel, 0.0375 * tokenizerCharacters, random),
+        ...sample(headlines, 0.375 * tokenizerCharacters, random),
+        ...sample(examples, 0.0875 * tokenizerCharacters, random),
+        // So that the words of the layouts become tokens whatever the sizes asked for.
+        ...labelled.slice(0, 1000).map(({ text, label }) => fingptExample(text, label)),
+      ],
+      { vocabularySize },
+    );
+  };
+  const tokenizer = options.tokenizer ?? learnTokenizer();
   const encode = bpeEncoder(tokenizer);
 
   progress('packing phase 1');
