@@ -488,6 +488,11 @@ export function checkExamples(examples: readonly TokenizedExample[], vocabSize: 
   }
 }
 
+/** Positions of the examples, the longest first: neighbours are of like length, which leaves least to pad. */
+export function longestFirst(examples: readonly Pick<TokenizedExample, 'ids'>[]): number[] {
+  return examples.map((_, i) => i).sort((a, b) => examples[b].ids.length - examples[a].ids.length || a - b);
+}
+
 /**
  * A short name for tokenised data: 16 hexadecimal digits that depend on every id and label and on the order (two FNV-1a sums
  * with different starts). It tells changed data apart when a run goes on; it is no protection against forgery.

@@ -7,6 +7,7 @@ import {
   type CollateOptions,
   collatorOf,
   type DataCollator,
+  longestFirst,
   type TokenizedExample,
 } from './data.js';
 import { flatHidden, logitsRows, supervisedOf } from './loss.js';
@@ -90,7 +91,7 @@ export async function scoreCompletions(
   }
   checkExamples(examples, model.vocabSize, 'scoring');
   const toBatch = collatorOf(options.collate);
-  const order = examples.map((_, i) => i).sort((a, b) => examples[b].ids.length - examples[a].ids.length || a - b);
+  const order = longestFirst(examples);
   const logProb = new Float64Array(examples.length);
   const tokens = new Int32Array(examples.length);
   for (let from = 0; from < order.length; from += batchSize) {

@@ -10,6 +10,7 @@ import {
   type CollateOptions,
   collatorOf,
   type DataCollator,
+  longestFirst,
   type TokenizedExample,
 } from './data.js';
 import { batchLoss } from './loss.js';
@@ -196,7 +197,7 @@ export class Stepper {
 }
 
 /**
- * Token-weighted loss and accuracy over a data set, without dropout.
+ * Token-weighted loss and accuracy over a data set, without dropout. Batches hold rows of like length, the longest first.
  * `options.onProgress` is called with the rows done so far and all rows.
  * @throws the signal's reason when `options.signal` is aborted
  */
@@ -215,9 +216,10 @@ export async function evaluateLoss(
   let loss = 0;
   let correct = 0;
   let supervisedTokens = 0;
-  for (let from = 0; from < dataset.length; from += batchSize) {
+  const order = longestFirst(dataset);
+  for (let from = 0; from < order.length; from += batchSize) {
     options.signal?.throwIfAborted();
-    const batch = toBatch(dataset.slice(from, from + batchSize));
+    const batch = toBatch(order.slice(from, from + batchSize).map((row) => dataset[row]));
     if (batch.supervised > 0) {
       const sums = scope(() => keep(batchLoss(model, batch, 1)));
       const read = Promise.all([sums.loss.item(), sums.correct.item()]);

@@ -12,7 +12,6 @@ import {
   scoreCompletions,
   terminatorOf,
   textFields,
-  type TokenizedExample,
   type TokenizeOptions,
   tokenizeExample,
 } from '@lorikeet/trainer';
@@ -96,7 +95,7 @@ export async function runEval(context: CommandContext, options: EvalOptions): Pr
     const began = performance.now();
     const pad = { padTokenId: tokenizer.padTokenId ?? tokenizer.eosTokenId ?? 0 };
     const lossBar = ui.progress('loss', { total: examples.length });
-    const loss = await evaluateLoss(session.model, byLength(examples), {
+    const loss = await evaluateLoss(session.model, examples, {
       batchSize: options.batchSize,
       collate: pad,
       signal: context.signal,
@@ -149,11 +148,6 @@ function classesOf(truths: readonly string[], data: string): string[] {
     `the rows have ${formatCount(classes.length)} different answers, too many to be classes (at most ${mostClasses})`,
     { where: data, fix: 'Name the classes with --labels negative,neutral,positive.' },
   );
-}
-
-/** Rows of like length beside one another: least padding. */
-function byLength(examples: readonly TokenizedExample[]): TokenizedExample[] {
-  return [...examples].sort((a, b) => b.ids.length - a.ids.length || a.row - b.row);
 }
 
 /** Chooses for each row the label whose tokens, with the end behind them, are most probable. */

@@ -264,7 +264,7 @@ class Run {
   async #evaluate(model: Mistral, examples: readonly TokenizedExample[], collate: CollateOptions): Promise<Evaluation> {
     const progress = this.#context.ui.progress('evaluating', { total: examples.length });
     try {
-      return await evaluateLoss(model, byLength(examples), {
+      return await evaluateLoss(model, examples, {
         batchSize: this.#config.per_device_eval_batch_size,
         collate,
         signal: this.#context.signal,
@@ -297,7 +297,7 @@ class Run {
         parameters: adapter.parameters(),
         args: this.#args,
         trainDataset: trained.examples,
-        evalDataset: validation === undefined ? undefined : byLength(validation.examples),
+        evalDataset: validation?.examples,
         collate,
         signal,
         onEvalProgress: (rows, total) => {
@@ -485,11 +485,6 @@ function firstFields(fields: Readonly<Record<string, unknown>>): Record<string, 
 interface Course {
   readonly last: StepRecord | undefined;
   readonly evaluation: Evaluation | undefined;
-}
-
-/** Rows of like length beside one another: least padding. */
-function byLength(examples: readonly TokenizedExample[]): TokenizedExample[] {
-  return [...examples].sort((a, b) => b.ids.length - a.ids.length || a.row - b.row);
 }
 
 function dtypeName(model: Mistral): 'float32' | 'float16' {
