@@ -22,12 +22,12 @@ import { type PhaseReport, pretrainPhase } from './train.js';
 const usage = `pnpm pretrain [--output DIR] [--seed N] [--phase1-tokens N] [--phase2-tokens N] [--dtype float32|float16]
              [--from DIR]
 
-  --output DIR        where the model goes (default models/base); what is there is replaced
+  --output DIR        where the model goes (default models/base); its files are replaced
   --seed N            seed of texts, order and weights (default 1)
   --phase1-tokens N   plain text (default 3750000)
-  --phase2-tokens N   labelled statements and plain text (default 2800000)
-  --dtype TYPE        storage of activations (default float32); weights are trained as f32, and written as f16
-  --from DIR          start phase 2 from this model, with its tokenizer; phase 1 writes one into OUTPUT/phase1
+  --phase2-tokens N   labelled statements and plain text (default 6000000)
+  --dtype TYPE        storage of activations (default float16); weights are trained as f32, and written as f16
+  --from DIR          start phase 2 from this model, with its tokenizer; phase 1 writes one into OUTPUT-phase1
 `;
 
 /** Rows of 256 tokens in an optimizer step: 4,096 tokens. */
@@ -119,7 +119,7 @@ async function main(): Promise<void> {
       seed: { type: 'string' },
       'phase1-tokens': { type: 'string' },
       'phase2-tokens': { type: 'string' },
-      dtype: { type: 'string', default: 'float32' },
+      dtype: { type: 'string', default: 'float16' },
       from: { type: 'string' },
       help: { type: 'boolean', short: 'h', default: false },
     },
@@ -142,7 +142,7 @@ async function main(): Promise<void> {
     seed,
     window,
     phase1Tokens: count(values['phase1-tokens'], 3_750_000, 'phase1-tokens'),
-    phase2Tokens: count(values['phase2-tokens'], 2_800_000, 'phase2-tokens'),
+    phase2Tokens: count(values['phase2-tokens'], 6_000_000, 'phase2-tokens'),
     tokenizer:
       values.from === undefined ? undefined : bpeOf(await readFile(join(values.from, 'tokenizer.json'), 'utf8')),
     progress: (message) => console.log(message),
@@ -165,7 +165,7 @@ async function main(): Promise<void> {
       signal: stop.signal,
     };
     for await (const report of pretrainPhase(device, model, prepared[phase], options)) console.log(line(phase, report));
-    if (phase === 'phase1') await save(model, prepared, join(values.output, 'phase1'));
+    if (phase === 'phase1') await save(model, prepared, `${values.output}-phase1`);
   }
   const { tokenAccuracy } = await evaluateLoss(model, await heldOut(prepared, seed), { batchSize: 16 });
   console.log(`labels of 450 statements that it has not seen: ${(100 * tokenAccuracy).toFixed(1)} % right`);

@@ -20,7 +20,7 @@ export interface PrepareOptions {
   readonly rowLength?: number;
   /** Tokens of plain text. Default 3.75 million. */
   readonly phase1Tokens?: number;
-  /** Tokens of labelled statements and plain text. Default 2.8 million. */
+  /** Tokens of labelled statements and plain text. Default 6 million. */
   readonly phase2Tokens?: number;
   /** Default 2048. */
   readonly vocabularySize?: number;
@@ -68,7 +68,7 @@ export async function prepare(options: PrepareOptions = {}): Promise<Prepared> {
     seed = 1,
     rowLength = 256,
     phase1Tokens = 3_750_000,
-    phase2Tokens = 2_800_000,
+    phase2Tokens = 6_000_000,
     vocabularySize = 2048,
     tokenizerCharacters = 8_000_000,
     statementShare = 0.65,

@@ -49,5 +49,5 @@ it('the demo: before, training, after, merged with equal answers, and everything
 
   const stopped = new AbortController();
   stopped.abort(new Error('stopped by the test'));
-  await expect(runDemo({ ...context, signal: stopped.signal }, { output: join(folder, 'other') })).rejects.toThrow();
+  await expect(runDemo({ ...context, signal: stopped.signal }, { output: join(folder, 'other') })).rejects.toThrow('stopped by the test');
 });
