@@ -37,6 +37,8 @@ export interface DemoOptions {
   /** Headlines to train on, and of each of the two tests. */
   readonly sizes?: { readonly train: number; readonly test: number };
   readonly epochs?: number;
+  /** Seed of the headlines; default 1. */
+  readonly seed?: number;
 }
 
 /** The accuracies that the demo shows at its end. */
@@ -58,10 +60,11 @@ max_length: 128
 lora: { r: 16, lora_alpha: 32, target_modules: all-linear }
 per_device_train_batch_size: 16
 num_train_epochs: ${epochs}
-learning_rate: 2e-3
+learning_rate: 1e-3
 lr_scheduler_type: cosine
 warmup_ratio: 0.1
 gradient_checkpointing: false
+dtype: float32
 logging_steps: 10
 output_dir: ${JSON.stringify(join(output, 'adapter'))}
 `;
@@ -75,7 +78,13 @@ const percent = (share: number): string => `${(100 * share).toFixed(1)} %`;
 /** Shows the whole path and gives the accuracies. */
 export async function runDemo(context: CommandContext, options: DemoOptions): Promise<readonly DemoResult[]> {
   const { ui, io } = context;
-  const { output, model = relative(process.cwd(), demoModel), sizes = { train: 600, test: 150 }, epochs = 4 } = options;
+  const {
+    output,
+    model = relative(process.cwd(), demoModel),
+    sizes = { train: 1200, test: 240 },
+    epochs = 2,
+    seed = 1,
+  } = options;
   const { bold, dim, green, red } = ui.colors;
   const began = performance.now();
   // The tables of single evaluations would hide the story; their progress stays.
@@ -86,7 +95,7 @@ export async function runDemo(context: CommandContext, options: DemoOptions): Pr
   };
 
   await rm(output, { recursive: true, force: true });
-  const data = demoHeadlines(1, { train: sizes.train, known: sizes.test, unseen: sizes.test });
+  const data = demoHeadlines(seed, { train: sizes.train, known: sizes.test, unseen: sizes.test });
   const file = (name: string): string => join(output, name);
   for (const part of ['train', 'known', 'unseen'] as const)
     await writeFileAtomic(file(`${part}.jsonl`), lines(data[part]));
@@ -112,6 +121,7 @@ export async function runDemo(context: CommandContext, options: DemoOptions): Pr
       config,
       batchSize: 32,
       maxNewTokens: 4,
+      dtype: 'float32',
     });
     const text = await readFile(join(file(`${as}-${name}`), 'predictions.jsonl'), 'utf8');
     return text
@@ -179,13 +189,11 @@ export async function runDemo(context: CommandContext, options: DemoOptions): Pr
 
   step('4. lorikeet merge: base and adapter as one model, written and read again');
   const merged = file('merged');
-  await runMerge(context, { model, adapter, output: merged, verify: true, maxShardSize: 5 });
+  await runMerge(context, { model, adapter, output: merged, verify: true, maxShardSize: 5, dtype: 'float32' });
   const again = await answers('unseen', 'merged', { model: merged });
   const equal = again.filter((row, i) => row.answer === after.unseen[i]?.answer).length;
   ui.line(`${equal} of ${again.length} answers of the reloaded merged model equal those of base and adapter`);
-  // f16 rounds the merged weights anew, so that one answer on an edge may turn.
-  if (equal < 0.98 * again.length)
-    throw new CliError(`the merged model answers ${again.length - equal} headlines otherwise`);
+  if (equal < again.length) throw new CliError(`the merged model answers ${again.length - equal} headlines otherwise`);
 
   step(`Done in ${formatDuration((performance.now() - began) / 1000)}. Everything is in ${output}`);
   ui.line('The base model has about a million parameters and was made for this demo: a 7B is another matter.');
