@@ -1,7 +1,7 @@
 import { testDevice, testVariant } from '@lorikeet/testing';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
-import { type Device, openDevice, type DeviceOptions } from './device.js';
+import { type Device, openDevice, type DeviceOptions, planDevice } from './device.js';
 import { f16Bits, f16Value } from './dtype.js';
 import { DeviceError, OutOfMemoryError } from './errors.js';
 import { defineKernel } from './kernel.js';
@@ -11,7 +11,7 @@ import { mul } from './ops/mul.js';
 import { scale } from './ops/scale.js';
 import { sum } from './ops/sum.js';
 import { keep, scope } from './scope.js';
-import type { Tensor } from './tensor.js';
+import { Tensor } from './tensor.js';
 
 const device = await testDevice();
 
@@ -345,5 +345,147 @@ describe('errors of the device', () => {
     const other = await open();
     other.destroy();
     expect(() => other.zeros([1])).toThrow('the device was destroyed; open a new one with openDevice()');
+  });
+});
+
+describe('matrices larger than a binding', () => {
+  it('lie in parts by rows and read back as one', async () => {
+    const rowBytes = 1 << 20;
+    const rows = Math.floor(device.limits.maxStorageBufferBindingSize / rowBytes) + 3;
+    // A plan has the limits and allocates nothing.
+    const plan = planDevice({ limits: { maxStorageBufferBindingSize: 8 << 20 } });
+    const planned = plan.emptyWeight([20, rowBytes / 4], 'f32');
+    expect(planned.parts.map((x) => x.shape[0])).toEqual([7, 7, 6]);
+    expect(plan.stats().liveBytes).toBe(20 * rowBytes);
+    expect(() => planned.storage).toThrow('lies in 3 parts by rows');
+    planned.dispose();
+    expect(plan.stats().liveBytes).toBe(0);
+    // And for real, once, without the memory of a real one being read back.
+    const other = await open();
+    const table = other.emptyWeight([rows, rowBytes / 2], 'f16');
+    expect(table.parts.length).toBe(2);
+    expect(table.bytes).toBe(rows * rowBytes);
+    const handle = table.retain();
+    table.dispose();
+    expect(handle.parts.map((x) => x.shape[0]).reduce((a, b) => a + b)).toBe(rows);
+    handle.dispose();
+    expect(other.stats().liveBytes).toBe(0);
+  });
+
+  it('are read in the order of their rows', async () => {
+    const other = await open();
+    const [a, b] = [other.fromArray([1, 2, 3, 4], [2, 2]), other.fromArray([5, 6], [1, 2])];
+    const both = new Tensor(other, { parts: [a, b] }, [3, 2], 'f32');
+    expect(await valuesOf(both)).toEqual([1, 2, 3, 4, 5, 6]);
+    both.dispose();
+    expect(other.stats().liveBytes).toBe(0);
+  });
+});
+
+describe('slices', () => {
+  it('are bound, written, copied, cleared and read at their place', async () => {
+    const other = await open();
+    const arena = other.zeros([256]);
+    const [first, second] = scope(() => keep([arena.slice(0, [3]), arena.slice(512, [2, 8])]));
+    other.write(second, new Uint8Array(Float32Array.from({ length: 16 }, (_, i) => i).buffer));
+    const sums = scope(() => keep(add(second, second)));
+    expect(await valuesOf(sums)).toEqual(Array.from({ length: 16 }, (_, i) => 2 * i));
+    expect((await valuesOf(first)).concat([...(await valuesOf(arena)).slice(128, 131)])).toEqual([0, 0, 0, 0, 1, 2]);
+    other.copy(sums, second);
+    expect((await valuesOf(arena))[129]).toBe(2);
+    other.clear(second);
+    expect(await valuesOf(arena)).toEqual(Array.from({ length: 256 }, () => 0));
+    expect(() => arena.slice(128, [2])).toThrow('offsets are multiples of 256');
+    expect(() => arena.slice(768, [65])).toThrow('does not lie in [256] f32');
+  });
+
+  it('take a parameter in and give its storage back', async () => {
+    const other = await open();
+    const arena = other.zeros([256]);
+    const p = other.fromArray([1, 2, 3], [3]);
+    const before = other.stats().liveBytes;
+    scope(() => p.moveInto(arena.slice(256, [3])));
+    expect(other.stats().liveBytes).toBe(before - 256);
+    expect(await valuesOf(p)).toEqual([1, 2, 3]);
+    expect((await valuesOf(arena)).slice(64, 67)).toEqual([1, 2, 3]);
+  });
+});
+
+describe('a plan', () => {
+  const run = (on: Device): void => {
+    const x = on.fromArray([1, 2, 3], [3]).tag('weights');
+    scope(() => {
+      for (let i = 0; i < 5; i++) mul(add(x, x), x);
+      scope(() => add(on.zeros([1000]), on.zeros([1000])));
+    });
+  };
+
+  it('counts what a device counts', async () => {
+    const real = await open();
+    const plan = planDevice();
+    run(real);
+    run(plan);
+    for (const key of [
+      'liveBytes',
+      'peakBytes',
+      'peakParts',
+      'dispatches',
+      'flops',
+      'boundBytes',
+      'buffersCreated',
+    ] as const) {
+      expect([key, plan.stats()[key]]).toEqual([key, real.stats()[key]]);
+    }
+    expect(plan.stats().peakParts.weights).toBe(256);
+    expect([...(await plan.zeros([3]).read())]).toEqual([0, 0, 0]);
+  });
+});
+
+describe('dispatches', () => {
+  const fill = defineKernel({
+    name: 'test_number_groups',
+    bindings: { out: { access: 'update', width: 1 } },
+    workgroupSize: 1,
+    body: 'fn kernel(group: u32, lane: u32) { out_store(group, out_load(group) + f32(group)); }',
+  });
+
+  it('over the cap of FLOPs are cut and do the same', async () => {
+    const other = await open({ maxFlopsPerDispatch: 30 });
+    const out = other.zeros([10]);
+    other.dispatch(fill, { out }, {}, 10, { flops: 100 });
+    expect(await valuesOf(out)).toEqual([0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    expect(other.stats().dispatches).toBe(4);
+    expect(other.stats().flops).toBe(100);
+  });
+
+  it('that repeat write no parameters; more distinct ones than there is room for are right too', async () => {
+    const other = await open();
+    const x = other.fromArray([1], [1]);
+    const run = (factor: number): Tensor => scope(() => scale(x, factor));
+    run(3).dispose();
+    await other.idle();
+    const { parameterBytes } = other.stats();
+    for (let i = 0; i < 5; i++) run(3).dispose();
+    await other.idle();
+    expect(other.stats().parameterBytes).toBe(parameterBytes);
+    const total = other.zeros([1]);
+    for (let i = 0; i < 5000; i++) {
+      scope(() => {
+        const next = add(total, scale(x, i));
+        other.copy(next, total);
+      });
+    }
+    expect(await valuesOf(total)).toEqual([(4999 * 5000) / 2]);
+  });
+});
+
+describe('a placeholder', () => {
+  it('has a shape and refuses to give values', () => {
+    scope(() => {
+      const x = device.placeholder([2, 3], 'f16');
+      expect(x.shape).toEqual([2, 3]);
+      expect(() => x.read()).toThrow('tensor [2, 3] f16 was not computed');
+      expect(() => add(x, x)).toThrow('was not computed');
+    });
   });
 });

@@ -1,11 +1,14 @@
-/** A WebGPU device: buffers, dispatches, reading back, counters, and errors that are never silent. */
-import { expectAnswer, openGpu } from '#gpu';
-import { checkShape, type DType, decode, encode, type HostArray, sizeOf, storedBytes } from './dtype.js';
-import { DeviceError, OutOfMemoryError, ShapeError } from './errors.js';
-import { type Kernel, kernelSource } from './kernel.js';
-import { BufferPool } from './pool.js';
+/** A device: memory, dispatches, reading back and counters, over a WebGPU device or over a plan. */
+import { openGpu } from '#gpu';
+import { type Backend, type BufferRange, defaultLimits, type DeviceLimits } from './backend.js';
+import { checkShape, type DType, decode, encode, type HostArray, rowsOf, sizeOf, storedBytes } from './dtype.js';
+import { DeviceError, ShapeError } from './errors.js';
+import { GpuBackend } from './gpu-backend.js';
+import type { Kernel } from './kernel.js';
+import { PlannedBackend } from './planned-backend.js';
+import { BufferPool, type MemoryParts } from './pool.js';
 import { own } from './scope.js';
-import { type Storage, Tensor } from './tensor.js';
+import { type MemoryPart, type Storage, Tensor } from './tensor.js';
 
 /** Options of `openDevice`. */
 export interface DeviceOptions {
@@ -19,6 +22,11 @@ export interface DeviceOptions {
   readonly powerPreference?: GPUPowerPreference;
   /** Budget in bytes for live buffers; unlimited when left out. */
   readonly memoryLimit?: number;
+  /**
+   * Cuts a dispatch of more floating-point operations into several: for systems that end a device whose single dispatch
+   * takes too long (2 s on Windows). Default: not at all.
+   */
+  readonly maxFlopsPerDispatch?: number;
   /** Fills every new buffer with NaN bits, so that a kernel that writes too little is caught. For tests. */
   readonly poison?: boolean;
 }
@@ -29,17 +37,27 @@ export interface Stats {
   liveBytes: number;
   /** Largest `liveBytes` since the start or `resetPeak()`. */
   peakBytes: number;
+  /** `liveBytes` at the peak, by what they were for. */
+  peakParts: MemoryParts;
   /** Bytes of freed buffers that wait for their next use. */
   pooledBytes: number;
+  /** Largest sum of live and waiting bytes since the start or `resetPeak()`. */
+  peakReservedBytes: number;
   dispatches: number;
   /** Floating-point operations that dispatches declared. */
   flops: number;
+  /** Bytes that dispatches bind, each binding once: a bound on what they move. */
+  boundBytes: number;
   uploadedBytes: number;
+  /** Bytes of kernel parameters written; a repeated dispatch writes none. */
+  parameterBytes: number;
   downloadedBytes: number;
   buffersCreated: number;
   bindGroupsCreated: number;
   pipelinesCreated: number;
   submits: number;
+  /** Times that values were read back. */
+  reads: number;
 }
 
 /** What is known of the adapter. */
@@ -58,16 +76,6 @@ export interface DeviceInfo {
   /** Least and largest number of lanes of the adapter's subgroups; 0 where it has none. */
   readonly subgroupSizes: readonly [number, number];
 }
-
-// WebGPU's numeric constants; they are globals in a browser only.
-const usage = { mapRead: 0x01, copySrc: 0x04, copyDst: 0x08, uniform: 0x40 } as const;
-const mapModeRead = 1;
-const computeStage = 4;
-
-const uniformSlot = 256;
-/** Dispatches of one submission: enough to keep the device busy, few enough to start it early. */
-const dispatchesPerSubmit = 96;
-const uploadPiece = 4 << 20;
 
 const raisedLimits = [
   'maxStorageBufferBindingSize',
@@ -105,93 +113,103 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
       { cause },
     );
   }
-  return new Device(device, adapter, options);
+  return new Device(new GpuBackend(device), infoOf(adapter, device.features), options);
 }
 
-/** A WebGPU device. Open one with `openDevice`. */
+function infoOf({ info, features: adapterFeatures }: GPUAdapter, features: GPUSupportedFeatures): DeviceInfo {
+  const fixed = info.subgroupMinSize === info.subgroupMaxSize ? (info.subgroupMinSize ?? 0) : 0;
+  return {
+    vendor: info.vendor,
+    architecture: info.architecture,
+    device: info.device,
+    description: info.description,
+    fallback: info.isFallbackAdapter,
+    features: [...features].sort(),
+    adapterFeatures: [...adapterFeatures].sort(),
+    subgroupSize: features.has('subgroups') ? fixed : 0,
+    subgroupSizes: adapterFeatures.has('subgroups') ? [info.subgroupMinSize ?? 0, info.subgroupMaxSize ?? 0] : [0, 0],
+  };
+}
+
+/** Options of `planDevice`. */
+export interface PlanOptions {
+  /** Limits to plan for; WebGPU's guaranteed ones where left out. */
+  readonly limits?: Partial<DeviceLimits>;
+  /** What the device would say of itself, as far as kernels are chosen by it. Default: a GPU without subgroups. */
+  readonly info?: Partial<DeviceInfo>;
+  /** Budget in bytes for live buffers; unlimited when left out. */
+  readonly memoryLimit?: number;
+  readonly maxFlopsPerDispatch?: number;
+}
+
+/**
+ * A device that does nothing and counts everything: the same code runs on it as on a GPU, and `stats()` tells the bytes,
+ * dispatches and FLOPs that it would take. Nothing is allocated; whatever is read back is 0.
+ */
+export function planDevice({ limits, info, ...options }: PlanOptions = {}): Device {
+  const described: DeviceInfo = {
+    vendor: '',
+    architecture: '',
+    device: 'plan',
+    description: 'a plan',
+    fallback: false,
+    features: [],
+    adapterFeatures: [],
+    subgroupSize: 0,
+    subgroupSizes: [0, 0],
+    ...info,
+  };
+  return new Device(new PlannedBackend({ ...defaultLimits, ...limits }), described, options);
+}
+
+/** A device. Open one with `openDevice`, or plan one with `planDevice`. */
 export class Device {
   readonly info: DeviceInfo;
-  readonly limits: GPUSupportedLimits;
-  readonly #device: GPUDevice;
+  readonly limits: DeviceLimits;
+  /** True for `planDevice`: nothing is computed, and reading back gives zeros. */
+  readonly planned: boolean;
+  readonly #backend: Backend;
   readonly #pool: BufferPool;
   readonly #poison: boolean;
-  readonly #layouts = new Map<string, { group: GPUBindGroupLayout; pipeline: GPUPipelineLayout }>();
-  readonly #pipelines = new Map<string, GPUComputePipeline>();
-  readonly #kernels = new Map<string, Kernel>();
-  readonly #bindGroups = new Map<string, GPUBindGroup>();
-  /** Last op that used a kernel, the latest kernel last; for error messages. */
-  readonly #lastOp = new Map<string, string>();
-  /** WGSL of each kernel, as it was compiled last; for error messages. */
-  readonly #sources = new Map<string, string>();
-  readonly #uniforms: GPUBuffer;
-  readonly #uniformBytes = new ArrayBuffer(uniformSlot * dispatchesPerSubmit);
-  readonly #uniformU32 = new Uint32Array(this.#uniformBytes);
-  readonly #uniformI32 = new Int32Array(this.#uniformBytes);
-  readonly #uniformF32 = new Float32Array(this.#uniformBytes);
-  readonly #readBuffers: GPUBuffer[] = [];
-  #encoder: GPUCommandEncoder | undefined;
-  #pass: GPUComputePassEncoder | undefined;
-  #pending = 0;
+  readonly #maxFlops: number;
   #op = '';
-  #failure: DeviceError | undefined;
-  #destroyed = false;
-  #counters = {
-    dispatches: 0,
-    flops: 0,
-    uploadedBytes: 0,
-    downloadedBytes: 0,
-    bindGroupsCreated: 0,
-    pipelinesCreated: 0,
-    submits: 0,
-  };
+  #counters = { dispatches: 0, flops: 0, boundBytes: 0, uploadedBytes: 0, downloadedBytes: 0, reads: 0 };
 
-  /** @internal Use `openDevice`. */
-  constructor(device: GPUDevice, adapter: GPUAdapter, options: DeviceOptions) {
-    const { info } = adapter;
-    this.#device = device;
+  /** @internal Use `openDevice` or `planDevice`. */
+  constructor(backend: Backend, info: DeviceInfo, options: DeviceOptions) {
+    this.#backend = backend;
+    this.planned = backend instanceof PlannedBackend;
+    this.info = info;
+    this.limits = backend.limits;
     this.#poison = options.poison === true;
-    this.limits = device.limits;
-    const fixed = info.subgroupMinSize === info.subgroupMaxSize ? (info.subgroupMinSize ?? 0) : 0;
-    this.info = {
-      vendor: info.vendor,
-      architecture: info.architecture,
-      device: info.device,
-      description: info.description,
-      fallback: info.isFallbackAdapter,
-      features: [...device.features].sort(),
-      adapterFeatures: [...adapter.features].sort(),
-      subgroupSize: device.features.has('subgroups') ? fixed : 0,
-      subgroupSizes: adapter.features.has('subgroups')
-        ? [info.subgroupMinSize ?? 0, info.subgroupMaxSize ?? 0]
-        : [0, 0],
-    };
-    this.#pool = new BufferPool(device, options.memoryLimit ?? Infinity, (id) => this.#forget(id));
-    this.#uniforms = device.createBuffer({
-      label: 'params',
-      size: uniformSlot * dispatchesPerSubmit,
-      usage: usage.uniform | usage.copyDst,
-    });
-    device.onuncapturederror = (event) => this.#fail(event.error.message, event.error.constructor.name);
-    void device.lost.then((lost) => {
-      if (!this.#destroyed) this.#fail(`the device was lost (${lost.reason}): ${lost.message}`, 'GPUDeviceLost');
-    });
+    this.#maxFlops = options.maxFlopsPerDispatch ?? Infinity;
+    this.#pool = new BufferPool(backend, options.memoryLimit ?? Infinity);
   }
 
   /** Counters since the device was opened. */
   stats(): Stats {
-    const { liveBytes, peakBytes, pooledBytes, created } = this.#pool;
-    return { liveBytes, peakBytes, pooledBytes, buffersCreated: created, ...this.#counters };
+    const { liveBytes, peakBytes, peakParts, pooledBytes, peakReservedBytes, created } = this.#pool;
+    const { readBuffersCreated, ...backend } = this.#backend.stats;
+    return {
+      liveBytes,
+      peakBytes,
+      peakParts: { ...peakParts },
+      pooledBytes,
+      peakReservedBytes,
+      buffersCreated: created + readBuffersCreated,
+      ...this.#counters,
+      ...backend,
+    };
   }
 
   /** Makes the live bytes of now the peak. */
   resetPeak(): void {
-    this.#pool.peakBytes = this.#pool.liveBytes;
+    this.#pool.resetPeak();
   }
 
   /** Throws the error that poisoned this device, if there is one. */
   throwIfFailed(): void {
-    if (this.#failure !== undefined) throw this.#failure;
-    if (this.#destroyed) throw new DeviceError('the device was destroyed; open a new one with openDevice()');
+    this.#backend.throwIfFailed();
   }
 
   /** A tensor of host values. Belongs to the current scope; outside any scope, to the caller. */
@@ -215,14 +233,9 @@ export class Device {
   /** Overwrites a tensor with bytes in the stored layout, from `byteOffset` (a multiple of 4) on. */
   write(tensor: Tensor, bytes: Uint8Array<ArrayBuffer>, byteOffset = 0): void {
     this.throwIfFailed();
-    // writeBuffer overtakes commands that are recorded but not submitted, and those may still use the recycled buffer.
-    if (this.#pending > 0) this.flush();
     const padded = bytes.byteLength % 4 === 0 ? bytes : padTo4(bytes);
-    // Pieces of at most 4 MiB go through Dawn's ring instead of a fresh staging buffer each.
-    for (let at = 0; at < padded.byteLength; at += uploadPiece) {
-      const length = Math.min(uploadPiece, padded.byteLength - at);
-      this.#device.queue.writeBuffer(tensor.storage.buffer, byteOffset + at, padded, at, length);
-    }
+    const range = tensor.range;
+    this.#backend.write(range.bufferId, range.byteOffset + byteOffset, padded);
     this.#counters.uploadedBytes += padded.byteLength;
   }
 
@@ -236,33 +249,68 @@ export class Device {
   /** Sets a tensor to zero. */
   clear(tensor: Tensor): void {
     this.throwIfFailed();
-    this.#endPass();
-    this.#commands().clearBuffer(tensor.storage.buffer);
-    if (++this.#pending === dispatchesPerSubmit) this.flush();
+    for (const part of tensor.parts) {
+      const { bufferId, byteOffset } = part.range;
+      this.#backend.clear(bufferId, byteOffset, wordBytes(part));
+    }
   }
 
   /** Copies `source` over `target` (same shape and dtype). */
   copy(source: Tensor, target: Tensor): void {
     this.throwIfFailed();
-    const bytes = storedBytes(source.shape, source.dtype);
-    if (storedBytes(target.shape, target.dtype) !== bytes || source.dtype !== target.dtype) {
+    if (
+      storedBytes(source.shape, source.dtype) !== storedBytes(target.shape, target.dtype) ||
+      source.dtype !== target.dtype
+    ) {
       throw new ShapeError(
         `copy: [${source.shape.join(', ')}] ${source.dtype} does not fit [${target.shape.join(', ')}] ${target.dtype}`,
       );
     }
-    this.#endPass();
-    this.#commands().copyBufferToBuffer(source.storage.buffer, 0, target.storage.buffer, 0, Math.ceil(bytes / 4) * 4);
-    if (++this.#pending === dispatchesPerSubmit) this.flush();
+    this.#backend.copy(source.range, target.range, wordBytes(source));
   }
 
   /** A tensor whose contents are undefined; whoever asks writes all of it, pad lanes included. */
   empty(shape: readonly number[], dtype: DType): Tensor {
     this.throwIfFailed();
     checkShape(shape, 'empty');
+    return own(this.#allocate(shape, dtype, false));
+  }
+
+  /**
+   * Like `empty`, for a matrix that lives long, [O, D]: it takes no more than its size, and if it is larger than the
+   * device binds it lies in parts by rows (see `Tensor.parts`).
+   */
+  emptyWeight(shape: readonly number[], dtype: DType): Tensor {
+    this.throwIfFailed();
+    checkShape(shape, 'emptyWeight');
+    const rows = rowsOf(shape);
+    const rowBytes = storedBytes(shape, dtype) / rows;
+    const most = Math.floor(this.#pool.largest / rowBytes);
+    if (rows <= most || most === 0 || shape.length !== 2) return own(this.#allocate(shape, dtype, true));
+    const count = Math.ceil(rows / most);
+    const each = Math.ceil(rows / count);
+    const parts: Tensor[] = [];
+    try {
+      for (let row = 0; row < rows; row += each) {
+        parts.push(this.#allocate([Math.min(each, rows - row), shape[1]], dtype, true));
+      }
+    } catch (error) {
+      for (const part of parts) part.dispose();
+      throw error;
+    }
+    return own(new Tensor(this, { parts }, shape, dtype));
+  }
+
+  #allocate(shape: readonly number[], dtype: DType, exact: boolean): Tensor {
     const what = `${this.#op === '' ? 'tensor' : this.#op} [${shape.join(', ')}] ${dtype}`;
-    const storage = this.#pool.acquire(storedBytes(shape, dtype), what);
-    if (this.#poison) this.#fillWithNan(storage);
-    return own(new Tensor(this, storage, shape, dtype));
+    const storage = this.#pool.acquire(storedBytes(shape, dtype), what, exact);
+    if (this.#poison) this.#backend.write(storage.bufferId, 0, new Uint8Array(storage.capacity).fill(0xff));
+    return new Tensor(this, { storage }, shape, dtype);
+  }
+
+  /** A tensor that has a shape and no values: the place of a result that nobody needs. Any use of its values throws. */
+  placeholder(shape: readonly number[], dtype: DType): Tensor {
+    return own(new Tensor(this, {}, shape, dtype));
   }
 
   /** Names the op whose kernels follow, for error messages; returns the name before. */
@@ -286,84 +334,55 @@ export class Device {
   ): void {
     this.throwIfFailed();
     if (groups < 1) return;
+    const { flops = 0, constants = {} } = options;
     const list = kernel.bindingList.map((b) => tensors[b.name]);
-    const constants = options.constants ?? {};
-    const pipeline = this.#pipeline(kernel, list, constants);
-    const bindGroup = this.#bindGroup(kernel, list);
-    const slot = (this.#pending * uniformSlot) / 4;
-    this.#uniformU32[slot] = groups;
-    kernel.paramList.forEach(([name, type], i) => {
+    const bindings = list.map((t) => t.range);
+    this.#refuseAliases(kernel, bindings);
+    const values = kernel.paramList.map(([name]) => {
       const value = params[name];
       if (value === undefined) throw new DeviceError(`kernel ${kernel.name}: parameter ${name} was not given`);
-      const view = type === 'f32' ? this.#uniformF32 : type === 'i32' ? this.#uniformI32 : this.#uniformU32;
-      view[slot + 1 + i] = value;
+      return value;
     });
-    this.#pass ??= this.#commands().beginComputePass();
-    this.#pass.setPipeline(pipeline);
-    this.#pass.setBindGroup(0, bindGroup, [slot * 4]);
-    const x = Math.min(groups, this.limits.maxComputeWorkgroupsPerDimension);
-    this.#pass.dispatchWorkgroups(x, Math.ceil(groups / x));
-    this.#counters.dispatches++;
-    this.#counters.flops += options.flops ?? 0;
-    this.#remember(kernel);
-    if (++this.#pending === dispatchesPerSubmit) this.flush();
+    const dtypes = list.map((t) => t.dtype);
+    const each = flops <= this.#maxFlops ? groups : Math.max(1, Math.floor((groups * this.#maxFlops) / flops));
+    for (let from = 0; from < groups; from += each) {
+      const to = Math.min(groups, from + each);
+      this.#backend.dispatch({ kernel, bindings, dtypes, constants, params: values, from, to, op: this.#op });
+      this.#counters.dispatches++;
+    }
+    this.#counters.flops += flops;
+    for (const t of list) this.#counters.boundBytes += storedBytes(t.shape, t.dtype);
   }
 
   /** Submits what is recorded. Called by itself every few dozen dispatches and before reading back. */
   flush(): void {
-    if (this.#encoder === undefined) return;
-    this.#endPass();
-    const encoder = this.#encoder;
-    if (this.#pending > 0)
-      this.#device.queue.writeBuffer(this.#uniforms, 0, this.#uniformBytes, 0, this.#pending * uniformSlot);
-    this.#device.queue.submit([encoder.finish()]);
-    this.#encoder = undefined;
-    this.#pending = 0;
-    this.#counters.submits++;
+    this.#backend.flush();
   }
 
   /** Waits until the device has done everything submitted so far. */
   async idle(): Promise<void> {
-    this.flush();
-    expectAnswer();
-    await this.#device.queue.onSubmittedWorkDone();
-    this.throwIfFailed();
+    await this.#backend.idle();
   }
 
   /** Reads a tensor back. Later work may be recorded, and the tensor freed, while the promise is pending. */
   read(tensor: Tensor): Promise<HostArray> {
     this.throwIfFailed();
-    const { shape, dtype } = tensor;
-    const bytes = Math.max(4, Math.ceil(storedBytes(shape, dtype) / 4) * 4);
-    const staging = this.#readBuffer(bytes);
-    this.#endPass();
-    this.#commands().copyBufferToBuffer(tensor.storage.buffer, 0, staging, 0, bytes);
-    this.flush();
-    this.#counters.downloadedBytes += bytes;
-    return this.#map(staging, bytes, shape, dtype);
-  }
-
-  async #map(staging: GPUBuffer, bytes: number, shape: readonly number[], dtype: DType): Promise<HostArray> {
-    try {
-      expectAnswer();
-      await staging.mapAsync(mapModeRead, 0, bytes);
-    } catch (cause) {
-      this.throwIfFailed();
-      throw new DeviceError(`reading [${shape.join(', ')}] ${dtype} back failed: ${String(cause)}`, { cause });
-    }
-    const values = decode(staging.getMappedRange(0, bytes).slice(0, storedBytes(shape, dtype)), shape, dtype);
-    staging.unmap();
-    this.#readBuffers.push(staging);
-    this.throwIfFailed();
-    return values;
+    const { dtype } = tensor;
+    this.#counters.reads++;
+    const parts = tensor.parts.map(({ shape, range }): Promise<HostArray> => {
+      const bytes = Math.ceil(storedBytes(shape, dtype) / 4) * 4;
+      this.#counters.downloadedBytes += bytes;
+      return this.#backend
+        .read(range.bufferId, range.byteOffset, bytes, `[${shape.join(', ')}] ${dtype}`)
+        .then((values) => decode(values.slice(0, storedBytes(shape, dtype)), shape, dtype));
+    });
+    return parts.length === 1 ? parts[0] : Promise.all(parts).then((values) => joined(values, tensor.size));
   }
 
   /** Gives pooled buffers back to the driver. */
   trim(): void {
-    this.flush();
     this.#pool.trim();
-    for (const buffer of this.#readBuffers) buffer.destroy();
-    this.#readBuffers.length = 0;
+    this.#backend.trim();
   }
 
   /** @internal Drops one reference of a storage. */
@@ -371,161 +390,44 @@ export class Device {
     if (--storage.refs === 0) this.#pool.release(storage);
   }
 
+  /** @internal Counts a storage as another part. */
+  tag(storage: Storage, part: MemoryPart): void {
+    this.#pool.tag(storage, part);
+  }
+
   /** Ends the device; tensors on it are gone. */
   destroy(): void {
-    if (this.#destroyed) return;
-    this.#destroyed = true;
-    this.#device.destroy();
-  }
-
-  #commands(): GPUCommandEncoder {
-    this.#encoder ??= this.#device.createCommandEncoder();
-    return this.#encoder;
-  }
-
-  #endPass(): void {
-    this.#pass?.end();
-    this.#pass = undefined;
-  }
-
-  #readBuffer(bytes: number): GPUBuffer {
-    const at = this.#readBuffers.findIndex((b) => b.size >= bytes && b.size <= 4 * bytes + 1024);
-    if (at >= 0) return this.#readBuffers.splice(at, 1)[0];
-    return this.#device.createBuffer({ label: 'read back', size: bytes, usage: usage.mapRead | usage.copyDst });
-  }
-
-  #layout(kernel: Kernel): { group: GPUBindGroupLayout; pipeline: GPUPipelineLayout } {
-    let layout = this.#layouts.get(kernel.signature);
-    if (layout === undefined) {
-      const entries: GPUBindGroupLayoutEntry[] = kernel.bindingList.map((b, binding) => ({
-        binding,
-        visibility: computeStage,
-        buffer: { type: b.access === 'read' ? 'read-only-storage' : 'storage' },
-      }));
-      entries.push({
-        binding: entries.length,
-        visibility: computeStage,
-        buffer: { type: 'uniform', hasDynamicOffset: true },
-      });
-      const group = this.#device.createBindGroupLayout({ label: kernel.signature, entries });
-      layout = {
-        group,
-        pipeline: this.#device.createPipelineLayout({ label: kernel.signature, bindGroupLayouts: [group] }),
-      };
-      this.#layouts.set(kernel.signature, layout);
-    }
-    return layout;
-  }
-
-  #pipeline(
-    kernel: Kernel,
-    tensors: readonly Tensor[],
-    constants: Readonly<Record<string, number>>,
-  ): GPUComputePipeline {
-    const known = this.#kernels.get(kernel.name);
-    if (known === undefined) this.#kernels.set(kernel.name, kernel);
-    else if (known !== kernel) {
-      throw new DeviceError(
-        `two kernels are named ${kernel.name}; pipelines are kept by that name, so give one another`,
-      );
-    }
-    let key = kernel.name;
-    for (const t of tensors) key += ` ${t.dtype}`;
-    for (const name in constants) key += ` ${name}=${constants[name]}`;
-    let pipeline = this.#pipelines.get(key);
-    if (pipeline === undefined) {
-      const code = kernelSource(
-        kernel,
-        tensors.map((t) => t.dtype),
-        constants,
-      );
-      this.#sources.set(kernel.name, code);
-      this.#remember(kernel);
-      const module = this.#device.createShaderModule({ label: kernel.name, code });
-      pipeline = this.#device.createComputePipeline({
-        label: kernel.name,
-        layout: this.#layout(kernel).pipeline,
-        compute: { module, entryPoint: 'main' },
-      });
-      this.#pipelines.set(key, pipeline);
-      this.#counters.pipelinesCreated++;
-    }
-    return pipeline;
-  }
-
-  #bindGroup(kernel: Kernel, tensors: readonly Tensor[]): GPUBindGroup {
-    let key = `${kernel.signature}`;
-    for (const t of tensors) key += `,${t.storage.bufferId}`;
-    let group = this.#bindGroups.get(key);
-    if (group === undefined) {
-      this.#refuseAliases(kernel, tensors);
-      const entries: GPUBindGroupEntry[] = tensors.map((t, binding) => ({
-        binding,
-        resource: { buffer: t.storage.buffer },
-      }));
-      entries.push({ binding: entries.length, resource: { buffer: this.#uniforms, offset: 0, size: uniformSlot } });
-      group = this.#device.createBindGroup({ label: kernel.name, layout: this.#layout(kernel).group, entries });
-      this.#bindGroups.set(key, group);
-      this.#counters.bindGroupsCreated++;
-    }
-    return group;
-  }
-
-  #forget(bufferId: number): void {
-    const part = `,${bufferId}`;
-    for (const key of this.#bindGroups.keys()) {
-      if (key.endsWith(part) || key.includes(`${part},`)) this.#bindGroups.delete(key);
-    }
-  }
-
-  #fillWithNan(storage: Storage): void {
-    if (this.#pending > 0) this.flush();
-    this.#device.queue.writeBuffer(storage.buffer, 0, new Uint8Array(storage.capacity).fill(0xff));
+    this.#backend.destroy();
   }
 
   /** WebGPU lets no dispatch write a buffer that it also binds elsewhere, but says so late and without the kernel's name. */
-  #refuseAliases(kernel: Kernel, tensors: readonly Tensor[]): void {
-    tensors.forEach((t, i) => {
-      const twin = tensors.findIndex((u, j) => j !== i && u.storage === t.storage);
-      if (twin < 0 || kernel.bindingList[i].access === 'read') return;
-      const [written, other] = [kernel.bindingList[i].name, kernel.bindingList[twin].name];
-      throw new DeviceError(
-        `kernel ${kernel.name}${this.#op === '' ? '' : ` of op ${this.#op}`}: ${written} is written and is the same buffer as ${other}; ` +
-          'write into a new tensor',
-      );
-    });
-  }
-
-  #remember(kernel: Kernel): void {
-    // Deleted first, so that the map is in the order of the last use.
-    this.#lastOp.delete(kernel.name);
-    this.#lastOp.set(kernel.name, this.#op);
-  }
-
-  #fail(message: string, kind: string): void {
-    if (this.#failure !== undefined) return;
-    const describe = (kernel: string): string => {
-      const op = this.#lastOp.get(kernel) ?? '';
-      return op === '' ? kernel : `${kernel} of op ${op}`;
-    };
-    const names = [...this.#lastOp.keys()];
-    const named = names.find((kernel) => message.includes(`"${kernel}"`));
-    const where =
-      named !== undefined
-        ? `kernel ${describe(named)}`
-        : `one of the last kernels (${names.slice(-8).map(describe).join(', ') || 'none was dispatched'})`;
-    const code = named !== undefined && /WGSL|ShaderModule/.test(message) ? this.#sources.get(named) : undefined;
-    const source =
-      code === undefined
-        ? ''
-        : `\n${code
-            .split('\n')
-            .map((line, i) => `${String(i + 1).padStart(4)} ${line}`)
-            .join('\n')}`;
-    const Kind = kind === 'GPUOutOfMemoryError' ? OutOfMemoryError : DeviceError;
-    this.#failure = new Kind(`${kind} in ${where}: ${message}${source}`);
+  #refuseAliases(kernel: Kernel, bindings: readonly BufferRange[]): void {
+    for (let i = 0; i < bindings.length; i++) {
+      if (kernel.bindingList[i].access === 'read') continue;
+      for (let j = 0; j < bindings.length; j++) {
+        if (i === j || bindings[i].bufferId !== bindings[j].bufferId) continue;
+        const [written, other] = [kernel.bindingList[i].name, kernel.bindingList[j].name];
+        throw new DeviceError(
+          `kernel ${kernel.name}${this.#op === '' ? '' : ` of op ${this.#op}`}: ${written} is written and is the same buffer as ${other}; ` +
+            'write into a new tensor',
+        );
+      }
+    }
   }
 }
+
+/** The rows of a split tensor in one array; only floats are ever split. */
+function joined(parts: readonly HostArray[], size: number): Float32Array {
+  const all = new Float32Array(size);
+  let at = 0;
+  for (const part of parts) {
+    all.set(part, at);
+    at += part.length;
+  }
+  return all;
+}
+
+const wordBytes = (x: Tensor): number => Math.ceil(storedBytes(x.shape, x.dtype) / 4) * 4;
 
 function padTo4(bytes: Uint8Array): Uint8Array<ArrayBuffer> {
   const out = new Uint8Array(Math.ceil(bytes.byteLength / 4) * 4);

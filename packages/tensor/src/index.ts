@@ -3,6 +3,14 @@
  * @packageDocumentation
  * @mergeModuleWith <project>
  */
+export {
+  type Backend,
+  type BackendStats,
+  type BufferRange,
+  type DeviceLimits,
+  defaultLimits,
+  type Work,
+} from './backend.js';
 export * from './device.js';
 export { type DType, type HostArray, bytesPerElement, f16Bits, f16Value, pitchOf, storedBytes } from './dtype.js';
 export * from './errors.js';
@@ -17,10 +25,10 @@ export {
   type Width,
 } from './kernel.js';
 export * from './op.js';
-export { capacityOf } from './pool.js';
+export { capacityOf, type MemoryParts } from './pool.js';
 export { keep, own, Owned, scope, scopeDepth } from './scope.js';
 export { applyContract, type AxisPattern, type Contract, parseContract } from './shape.js';
-export { type Storage, Tensor } from './tensor.js';
+export { type MemoryPart, type Place, type Storage, Tensor } from './tensor.js';
 export { gemm, type GemmOptions } from './wgsl/gemm.js';
 export { elementwiseKernel, runElementwise } from './ops/elementwise.js';
 export { add, addOp } from './ops/add.js';

@@ -35,7 +35,7 @@ export interface KernelSpec {
   readonly name: string;
   /** Storage bindings in order: at most 8, the least that every WebGPU device has. */
   readonly bindings: Readonly<Record<string, Binding>>;
-  /** Uniform scalars, read as `P.name`. `groups` is there already. */
+  /** Uniform scalars, read as `P.name`. `groups` and `first_group` are there already: a dispatch may be cut. */
   readonly params?: Readonly<Record<string, ParamType>>;
   /** Compile-time constants with their defaults; a dispatch may give others. u32 unless there is a fraction. */
   readonly constants?: Readonly<Record<string, number>>;
@@ -51,6 +51,8 @@ export interface KernelSpec {
 export interface Kernel extends KernelSpec {
   readonly bindingList: readonly { readonly name: string; readonly access: Access; readonly width: Width }[];
   readonly paramList: readonly (readonly [name: string, type: ParamType])[];
+  /** First letter of each parameter's type. */
+  readonly paramTypes: string;
   /** 'r' or 'w' per binding: kernels of one signature share a bind group layout. */
   readonly signature: string;
 }
@@ -64,6 +66,9 @@ export function defineKernel(spec: KernelSpec): Kernel {
     ...spec,
     bindingList,
     paramList: Object.entries(spec.params ?? {}),
+    paramTypes: Object.values(spec.params ?? {})
+      .map((type) => type[0])
+      .join(''),
     signature: bindingList.map((b) => (b.access === 'read' ? 'r' : 'w')).join(''),
   };
 }
@@ -81,7 +86,11 @@ export function kernelSource(
     lines.push(Number.isInteger(value) ? `const ${name}: u32 = ${value}u;` : `const ${name}: f32 = ${value};`);
   }
   lines.push(`const WORKGROUP: u32 = ${kernel.workgroupSize}u;`);
-  lines.push('struct Params { groups: u32,', ...kernel.paramList.map(([name, type]) => `  ${name}: ${type},`), '}');
+  lines.push(
+    'struct Params { groups: u32, first_group: u32,',
+    ...kernel.paramList.map(([name, type]) => `  ${name}: ${type},`),
+    '}',
+  );
   kernel.bindingList.forEach((b, i) => {
     lines.push(bindingSource(i, b.name, b.access, b.width, dtypes[i]));
   });
@@ -94,7 +103,7 @@ export function kernelSource(
     kernel.body,
     `@compute @workgroup_size(${kernel.workgroupSize})`,
     'fn main(@builtin(workgroup_id) id: vec3<u32>, @builtin(num_workgroups) count: vec3<u32>, @builtin(local_invocation_index) lane: u32) {',
-    '  let group = id.x + id.y * count.x;',
+    '  let group = P.first_group + id.x + id.y * count.x;',
     '  if (group < P.groups) { kernel(group, lane); }',
     '}',
   );

@@ -1,0 +1,338 @@
+/** WebGPU behind `Device`: one open pass, cached pipelines and bind groups, parameter slots, errors with names. */
+import { expectAnswer } from '#gpu';
+import {
+  type Backend,
+  type BackendStats,
+  type BufferRange,
+  type DeviceLimits,
+  newBackendStats,
+  type Work,
+} from './backend.js';
+import { DeviceError, OutOfMemoryError } from './errors.js';
+import { type Kernel, kernelSource } from './kernel.js';
+
+// WebGPU's numeric constants; they are globals in a browser only.
+const usage = { mapRead: 0x01, copySrc: 0x04, copyDst: 0x08, uniform: 0x40, storage: 0x80 } as const;
+const mapModeRead = 1;
+const computeStage = 4;
+
+const slotBytes = 256;
+const slotWords = slotBytes / 4;
+/** Parameter sets that stay on the device: more than a step has distinct ones, so that a repeated step writes none. */
+const slots = 4096;
+/** Commands of one submission: enough to keep the device busy, few enough to start it early. */
+const commandsPerSubmit = 96;
+const uploadPiece = 4 << 20;
+
+/** @internal See `openDevice`. */
+export class GpuBackend implements Backend {
+  readonly limits: DeviceLimits;
+  readonly stats: BackendStats = newBackendStats();
+  readonly #device: GPUDevice;
+  readonly #buffers = new Map<number, GPUBuffer>();
+  readonly #layouts = new Map<string, { group: GPUBindGroupLayout; pipeline: GPUPipelineLayout }>();
+  readonly #pipelines = new Map<string, GPUComputePipeline>();
+  readonly #kernels = new Map<string, Kernel>();
+  readonly #bindGroups = new Map<string, GPUBindGroup>();
+  /** Last op that used a kernel, the latest kernel last; for error messages. */
+  readonly #lastOp = new Map<string, string>();
+  /** WGSL of each kernel, as it was compiled last; for error messages. */
+  readonly #sources = new Map<string, string>();
+  readonly #uniforms: GPUBuffer;
+  readonly #uniformBytes = new ArrayBuffer(slotBytes * slots);
+  readonly #uniformU32 = new Uint32Array(this.#uniformBytes);
+  readonly #uniformI32 = new Int32Array(this.#uniformBytes);
+  readonly #uniformF32 = new Float32Array(this.#uniformBytes);
+  /** Slot of each parameter set that is on the device, or will be with the next submission. */
+  readonly #slotOf = new Map<string, number>();
+  #nextSlot = 0;
+  #writtenSlots = 0;
+  readonly #readBuffers: GPUBuffer[] = [];
+  #encoder: GPUCommandEncoder | undefined;
+  #pass: GPUComputePassEncoder | undefined;
+  #pending = 0;
+  #failure: DeviceError | undefined;
+  #destroyed = false;
+
+  constructor(device: GPUDevice) {
+    this.#device = device;
+    this.limits = device.limits;
+    this.#uniforms = device.createBuffer({
+      label: 'params',
+      size: slotBytes * slots,
+      usage: usage.uniform | usage.copyDst,
+    });
+    device.onuncapturederror = (event) => this.#fail(event.error.message, event.error.constructor.name);
+    void device.lost.then((lost) => {
+      if (!this.#destroyed) this.#fail(`the device was lost (${lost.reason}): ${lost.message}`, 'GPUDeviceLost');
+    });
+  }
+
+  throwIfFailed(): void {
+    if (this.#failure !== undefined) throw this.#failure;
+    if (this.#destroyed) throw new DeviceError('the device was destroyed; open a new one with openDevice()');
+  }
+
+  createBuffer(bufferId: number, bytes: number, label: string): void {
+    this.#buffers.set(
+      bufferId,
+      this.#device.createBuffer({ label, size: bytes, usage: usage.storage | usage.copySrc | usage.copyDst }),
+    );
+  }
+
+  destroyBuffer(bufferId: number): void {
+    const part = `,${bufferId}@`;
+    for (const key of this.#bindGroups.keys()) if (key.includes(part)) this.#bindGroups.delete(key);
+    this.#buffer(bufferId).destroy();
+    this.#buffers.delete(bufferId);
+  }
+
+  write(bufferId: number, byteOffset: number, bytes: Uint8Array<ArrayBuffer>): void {
+    // writeBuffer overtakes commands that are recorded but not submitted, and those may still use the recycled buffer.
+    if (this.#pending > 0) this.flush();
+    const buffer = this.#buffer(bufferId);
+    // Pieces of at most 4 MiB go through Dawn's ring instead of a fresh staging buffer each.
+    for (let at = 0; at < bytes.byteLength; at += uploadPiece) {
+      this.#device.queue.writeBuffer(buffer, byteOffset + at, bytes, at, Math.min(uploadPiece, bytes.byteLength - at));
+    }
+  }
+
+  clear(bufferId: number, byteOffset: number, byteLength: number): void {
+    this.#endPass();
+    this.#commands().clearBuffer(this.#buffer(bufferId), byteOffset, byteLength);
+    this.#count();
+  }
+
+  copy(from: BufferRange, to: BufferRange, byteLength: number): void {
+    this.#endPass();
+    const [source, target] = [this.#buffer(from.bufferId), this.#buffer(to.bufferId)];
+    this.#commands().copyBufferToBuffer(source, from.byteOffset, target, to.byteOffset, byteLength);
+    this.#count();
+  }
+
+  dispatch(work: Work): void {
+    const pipeline = this.#pipeline(work);
+    const bindGroup = this.#bindGroup(work);
+    const slot = this.#slot(work);
+    this.#pass ??= this.#commands().beginComputePass();
+    this.#pass.setPipeline(pipeline);
+    this.#pass.setBindGroup(0, bindGroup, [slot * slotBytes]);
+    const groups = work.to - work.from;
+    const x = Math.min(groups, this.limits.maxComputeWorkgroupsPerDimension);
+    this.#pass.dispatchWorkgroups(x, Math.ceil(groups / x));
+    this.#remember(work);
+    this.#count();
+  }
+
+  flush(): void {
+    if (this.#encoder === undefined) return;
+    this.#endPass();
+    const encoder = this.#encoder;
+    const [first, end] = [this.#writtenSlots, this.#nextSlot];
+    if (end > first) {
+      const bytes = (end - first) * slotBytes;
+      this.#device.queue.writeBuffer(this.#uniforms, first * slotBytes, this.#uniformBytes, first * slotBytes, bytes);
+      this.#writtenSlots = end;
+      this.stats.parameterBytes += bytes;
+    }
+    this.#device.queue.submit([encoder.finish()]);
+    this.#encoder = undefined;
+    this.#pending = 0;
+    this.stats.submits++;
+  }
+
+  async idle(): Promise<void> {
+    // Dawn keeps the staging memory of uploads until something is submitted, be it nothing.
+    if (this.#encoder === undefined) this.#device.queue.submit([]);
+    else this.flush();
+    expectAnswer();
+    await this.#device.queue.onSubmittedWorkDone();
+    this.throwIfFailed();
+  }
+
+  async read(bufferId: number, byteOffset: number, byteLength: number, what: string): Promise<ArrayBuffer> {
+    const staging = this.#readBuffer(byteLength);
+    this.#endPass();
+    this.#commands().copyBufferToBuffer(this.#buffer(bufferId), byteOffset, staging, 0, byteLength);
+    this.flush();
+    try {
+      expectAnswer();
+      await staging.mapAsync(mapModeRead, 0, byteLength);
+    } catch (cause) {
+      this.throwIfFailed();
+      throw new DeviceError(`reading ${what} back failed: ${String(cause)}`, { cause });
+    }
+    const bytes = staging.getMappedRange(0, byteLength).slice(0);
+    staging.unmap();
+    this.#readBuffers.push(staging);
+    this.throwIfFailed();
+    return bytes;
+  }
+
+  trim(): void {
+    for (const buffer of this.#readBuffers) buffer.destroy();
+    this.#readBuffers.length = 0;
+  }
+
+  destroy(): void {
+    if (this.#destroyed) return;
+    this.#destroyed = true;
+    this.#device.destroy();
+  }
+
+  #buffer(bufferId: number): GPUBuffer {
+    const buffer = this.#buffers.get(bufferId);
+    if (buffer === undefined) throw new DeviceError(`there is no buffer ${bufferId}`);
+    return buffer;
+  }
+
+  #count(): void {
+    if (++this.#pending === commandsPerSubmit) this.flush();
+  }
+
+  #commands(): GPUCommandEncoder {
+    this.#encoder ??= this.#device.createCommandEncoder();
+    return this.#encoder;
+  }
+
+  #endPass(): void {
+    this.#pass?.end();
+    this.#pass = undefined;
+  }
+
+  #readBuffer(bytes: number): GPUBuffer {
+    const at = this.#readBuffers.findIndex((b) => b.size >= bytes && b.size <= 4 * bytes + 1024);
+    if (at >= 0) return this.#readBuffers.splice(at, 1)[0];
+    this.stats.readBuffersCreated++;
+    return this.#device.createBuffer({ label: 'read back', size: bytes, usage: usage.mapRead | usage.copyDst });
+  }
+
+  /** Equal parameters share a slot that is written once. */
+  #slot({ kernel, params, from, to }: Work): number {
+    const key = `${kernel.paramTypes} ${to} ${from} ${params.join(' ')}`;
+    const known = this.#slotOf.get(key);
+    if (known !== undefined) return known;
+    if (this.#nextSlot === slots) {
+      // Submitted commands come before the writes that follow, so the slots they use may be written again.
+      this.flush();
+      this.#slotOf.clear();
+      this.#nextSlot = 0;
+      this.#writtenSlots = 0;
+    }
+    const slot = this.#nextSlot++;
+    this.#slotOf.set(key, slot);
+    const at = slot * slotWords;
+    this.#uniformU32[at] = to;
+    this.#uniformU32[at + 1] = from;
+    kernel.paramList.forEach(([, type], i) => {
+      const view = type === 'f32' ? this.#uniformF32 : type === 'i32' ? this.#uniformI32 : this.#uniformU32;
+      view[at + 2 + i] = params[i];
+    });
+    return slot;
+  }
+
+  #layout(kernel: Kernel): { group: GPUBindGroupLayout; pipeline: GPUPipelineLayout } {
+    let layout = this.#layouts.get(kernel.signature);
+    if (layout === undefined) {
+      const entries: GPUBindGroupLayoutEntry[] = kernel.bindingList.map((b, binding) => ({
+        binding,
+        visibility: computeStage,
+        buffer: { type: b.access === 'read' ? 'read-only-storage' : 'storage' },
+      }));
+      entries.push({
+        binding: entries.length,
+        visibility: computeStage,
+        buffer: { type: 'uniform', hasDynamicOffset: true },
+      });
+      const group = this.#device.createBindGroupLayout({ label: kernel.signature, entries });
+      layout = {
+        group,
+        pipeline: this.#device.createPipelineLayout({ label: kernel.signature, bindGroupLayouts: [group] }),
+      };
+      this.#layouts.set(kernel.signature, layout);
+    }
+    return layout;
+  }
+
+  #pipeline(work: Work): GPUComputePipeline {
+    const { kernel, dtypes, constants } = work;
+    const known = this.#kernels.get(kernel.name);
+    if (known === undefined) this.#kernels.set(kernel.name, kernel);
+    else if (known !== kernel) {
+      throw new DeviceError(
+        `two kernels are named ${kernel.name}; pipelines are kept by that name, so give one another`,
+      );
+    }
+    let key = kernel.name;
+    for (const dtype of dtypes) key += ` ${dtype}`;
+    for (const name in constants) key += ` ${name}=${constants[name]}`;
+    let pipeline = this.#pipelines.get(key);
+    if (pipeline === undefined) {
+      const code = kernelSource(kernel, dtypes, constants);
+      this.#sources.set(kernel.name, code);
+      this.#remember(work);
+      const module = this.#device.createShaderModule({ label: kernel.name, code });
+      pipeline = this.#device.createComputePipeline({
+        label: kernel.name,
+        layout: this.#layout(kernel).pipeline,
+        compute: { module, entryPoint: 'main' },
+      });
+      this.#pipelines.set(key, pipeline);
+      this.stats.pipelinesCreated++;
+    }
+    return pipeline;
+  }
+
+  #bindGroup({ kernel, bindings }: Work): GPUBindGroup {
+    let key = kernel.signature;
+    for (const { bufferId, byteOffset, byteLength } of bindings) {
+      key += `,${bufferId}@`;
+      if (byteLength !== undefined) key += `${byteOffset}+${byteLength}`;
+    }
+    let group = this.#bindGroups.get(key);
+    if (group === undefined) {
+      const entries: GPUBindGroupEntry[] = bindings.map(({ bufferId, byteOffset, byteLength }, binding) => ({
+        binding,
+        resource: {
+          buffer: this.#buffer(bufferId),
+          ...(byteLength === undefined ? {} : { offset: byteOffset, size: byteLength }),
+        },
+      }));
+      entries.push({ binding: entries.length, resource: { buffer: this.#uniforms, offset: 0, size: slotBytes } });
+      group = this.#device.createBindGroup({ label: kernel.name, layout: this.#layout(kernel).group, entries });
+      this.#bindGroups.set(key, group);
+      this.stats.bindGroupsCreated++;
+    }
+    return group;
+  }
+
+  #remember({ kernel, op }: Work): void {
+    // Deleted first, so that the map is in the order of the last use.
+    this.#lastOp.delete(kernel.name);
+    this.#lastOp.set(kernel.name, op);
+  }
+
+  #fail(message: string, kind: string): void {
+    if (this.#failure !== undefined) return;
+    const describe = (kernel: string): string => {
+      const op = this.#lastOp.get(kernel) ?? '';
+      return op === '' ? kernel : `${kernel} of op ${op}`;
+    };
+    const names = [...this.#lastOp.keys()];
+    const named = names.find((kernel) => message.includes(`"${kernel}"`));
+    const where =
+      named !== undefined
+        ? `kernel ${describe(named)}`
+        : `one of the last kernels (${names.slice(-8).map(describe).join(', ') || 'none was dispatched'})`;
+    const code = named !== undefined && /WGSL|ShaderModule/.test(message) ? this.#sources.get(named) : undefined;
+    const source =
+      code === undefined
+        ? ''
+        : `\n${code
+            .split('\n')
+            .map((line, i) => `${String(i + 1).padStart(4)} ${line}`)
+            .join('\n')}`;
+    const Kind = kind === 'GPUOutOfMemoryError' ? OutOfMemoryError : DeviceError;
+    this.#failure = new Kind(`${kind} in ${where}: ${message}${source}`);
+  }
+}

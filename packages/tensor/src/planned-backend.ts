@@ -1,0 +1,31 @@
+/** A machine that does nothing: what runs on it is counted, not done. Every value that is read back is 0. */
+import { type Backend, type BackendStats, type DeviceLimits, newBackendStats } from './backend.js';
+
+/** @internal See `planDevice`. */
+export class PlannedBackend implements Backend {
+  readonly limits: DeviceLimits;
+  readonly stats: BackendStats = newBackendStats();
+
+  constructor(limits: DeviceLimits) {
+    this.limits = limits;
+  }
+
+  throwIfFailed(): void {}
+  createBuffer(): void {}
+  destroyBuffer(): void {}
+  write(): void {}
+  clear(): void {}
+  copy(): void {}
+  dispatch(): void {}
+  flush(): void {}
+  trim(): void {}
+  destroy(): void {}
+
+  idle(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  read(_bufferId: number, _byteOffset: number, byteLength: number): Promise<ArrayBuffer> {
+    return Promise.resolve(new ArrayBuffer(byteLength));
+  }
+}
