@@ -48,6 +48,17 @@ export interface Work {
   readonly to: number;
   /** Op that it belongs to, for error messages. */
   readonly op: string;
+  /** Floating-point operations of it. */
+  readonly flops: number;
+}
+
+/** Time that a kernel took on the device in a profile. */
+export interface KernelTime {
+  readonly kernel: string;
+  readonly dispatches: number;
+  readonly milliseconds: number;
+  /** Floating-point operations that its dispatches declared. */
+  readonly flops: number;
 }
 
 /** What a backend has counted. */
@@ -75,6 +86,10 @@ export interface Backend {
   dispatch(work: Work): void;
   flush(): void;
   idle(): Promise<void>;
+  /** Times every dispatch from now on. @throws DeviceError without the `timestamp-query` feature */
+  startProfile(): void;
+  /** Ends the profile: a kernel each, the longest first. */
+  endProfile(): Promise<KernelTime[]>;
   read(bufferId: number, byteOffset: number, byteLength: number, what: string): Promise<ArrayBuffer>;
   /** Destroys what it holds for reuse. */
   trim(): void;

@@ -1,6 +1,6 @@
 /** A device: memory, dispatches, reading back and counters, over a WebGPU device or over a plan. */
 import { openGpu } from '#gpu';
-import { type Backend, type BufferRange, defaultLimits, type DeviceLimits } from './backend.js';
+import { type Backend, type BufferRange, defaultLimits, type DeviceLimits, type KernelTime } from './backend.js';
 import { checkShape, type DType, decode, encode, type HostArray, rowsOf, sizeOf, storedBytes } from './dtype.js';
 import { DeviceError, ShapeError } from './errors.js';
 import { GpuBackend } from './gpu-backend.js';
@@ -102,6 +102,7 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
   const features: GPUFeatureName[] = [];
   if (options.shaderF16 !== false && adapter.features.has('shader-f16')) features.push('shader-f16');
   if (options.subgroups !== false && adapter.features.has('subgroups')) features.push('subgroups');
+  if (adapter.features.has('timestamp-query')) features.push('timestamp-query');
   const requiredLimits: Record<string, number | undefined> = {};
   if (options.limits !== 'default') for (const name of raisedLimits) requiredLimits[name] = adapter.limits[name];
   let device: GPUDevice;
@@ -347,7 +348,9 @@ export class Device {
     const each = flops <= this.#maxFlops ? groups : Math.max(1, Math.floor((groups * this.#maxFlops) / flops));
     for (let from = 0; from < groups; from += each) {
       const to = Math.min(groups, from + each);
-      this.#backend.dispatch({ kernel, bindings, dtypes, constants, params: values, from, to, op: this.#op });
+      const share = (flops * (to - from)) / groups;
+      const op = this.#op;
+      this.#backend.dispatch({ kernel, bindings, dtypes, constants, params: values, from, to, op, flops: share });
       this.#counters.dispatches++;
     }
     this.#counters.flops += flops;
@@ -377,6 +380,23 @@ export class Device {
         .then((values) => decode(values.slice(0, storedBytes(shape, dtype)), shape, dtype));
     });
     return parts.length === 1 ? parts[0] : Promise.all(parts).then((values) => joined(values, tensor.size));
+  }
+
+  /**
+   * Runs `fn` and times each kernel on the device, the longest first. Each dispatch is a pass of its own meanwhile, so the
+   * whole takes somewhat longer than without.
+   * @throws DeviceError where the device has no `timestamp-query` (see `info.features`)
+   */
+  async profile(fn: () => void | Promise<void>): Promise<KernelTime[]> {
+    await this.idle();
+    this.#backend.startProfile();
+    try {
+      await fn();
+    } catch (error) {
+      await this.#backend.endProfile();
+      throw error;
+    }
+    return this.#backend.endProfile();
   }
 
   /** Gives pooled buffers back to the driver. */

@@ -5,6 +5,7 @@ import {
   type BackendStats,
   type BufferRange,
   type DeviceLimits,
+  type KernelTime,
   newBackendStats,
   type Work,
 } from './backend.js';
@@ -12,7 +13,14 @@ import { DeviceError, OutOfMemoryError } from './errors.js';
 import { type Kernel, kernelSource } from './kernel.js';
 
 // WebGPU's numeric constants; they are globals in a browser only.
-const usage = { mapRead: 0x01, copySrc: 0x04, copyDst: 0x08, uniform: 0x40, storage: 0x80 } as const;
+const usage = {
+  mapRead: 0x01,
+  copySrc: 0x04,
+  copyDst: 0x08,
+  uniform: 0x40,
+  storage: 0x80,
+  queryResolve: 0x200,
+} as const;
 const mapModeRead = 1;
 const computeStage = 4;
 
@@ -23,6 +31,14 @@ const slots = 4096;
 /** Commands of one submission: enough to keep the device busy, few enough to start it early. */
 const commandsPerSubmit = 96;
 const uploadPiece = 4 << 20;
+/** Dispatches whose start and end fit one query set. */
+const timedPerSet = 2048;
+
+/** Dispatches that are being timed: query sets in order, and what each pair of queries stands for. */
+interface Profile {
+  readonly sets: GPUQuerySet[];
+  readonly timed: { readonly kernel: string; readonly flops: number }[];
+}
 
 /** @internal See `openDevice`. */
 export class GpuBackend implements Backend {
@@ -51,6 +67,7 @@ export class GpuBackend implements Backend {
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
   #pending = 0;
+  #profile: Profile | undefined;
   #failure: DeviceError | undefined;
   #destroyed = false;
 
@@ -114,7 +131,8 @@ export class GpuBackend implements Backend {
     const pipeline = this.#pipeline(work);
     const bindGroup = this.#bindGroup(work);
     const slot = this.#slot(work);
-    this.#pass ??= this.#commands().beginComputePass();
+    if (this.#profile === undefined) this.#pass ??= this.#commands().beginComputePass();
+    else this.#pass = this.#timedPass(this.#profile, work);
     this.#pass.setPipeline(pipeline);
     this.#pass.setBindGroup(0, bindGroup, [slot * slotBytes]);
     const groups = work.to - work.from;
@@ -148,6 +166,49 @@ export class GpuBackend implements Backend {
     expectAnswer();
     await this.#device.queue.onSubmittedWorkDone();
     this.throwIfFailed();
+  }
+
+  startProfile(): void {
+    if (!this.#device.features.has('timestamp-query')) {
+      throw new DeviceError('this device has no timestamp-query, so kernels cannot be timed one by one');
+    }
+    this.#endPass();
+    this.#profile = { sets: [], timed: [] };
+  }
+
+  async endProfile(): Promise<KernelTime[]> {
+    const profile = this.#profile;
+    this.#profile = undefined;
+    if (profile === undefined || profile.timed.length === 0) return [];
+    this.#endPass();
+    const { sets, timed } = profile;
+    const bytes = sets.length * timedPerSet * 16;
+    const resolved = this.#device.createBuffer({
+      label: 'timestamps',
+      size: bytes,
+      usage: usage.queryResolve | usage.copySrc,
+    });
+    const staging = this.#device.createBuffer({
+      label: 'timestamps',
+      size: bytes,
+      usage: usage.mapRead | usage.copyDst,
+    });
+    try {
+      const commands = this.#commands();
+      sets.forEach((set, i) => {
+        const queries = 2 * Math.min(timedPerSet, timed.length - i * timedPerSet);
+        commands.resolveQuerySet(set, 0, queries, resolved, i * timedPerSet * 16);
+      });
+      commands.copyBufferToBuffer(resolved, 0, staging, 0, bytes);
+      this.flush();
+      expectAnswer();
+      await staging.mapAsync(mapModeRead);
+      return kernelTimes(timed, new BigUint64Array(staging.getMappedRange()));
+    } finally {
+      resolved.destroy();
+      staging.destroy();
+      for (const set of sets) set.destroy();
+    }
   }
 
   async read(bufferId: number, byteOffset: number, byteLength: number, what: string): Promise<ArrayBuffer> {
@@ -198,6 +259,20 @@ export class GpuBackend implements Backend {
   #endPass(): void {
     this.#pass?.end();
     this.#pass = undefined;
+  }
+
+  #timedPass({ sets, timed }: Profile, { kernel, flops }: Work): GPUComputePassEncoder {
+    this.#endPass();
+    const place = timed.length % timedPerSet;
+    if (place === 0) sets.push(this.#device.createQuerySet({ type: 'timestamp', count: 2 * timedPerSet }));
+    timed.push({ kernel: kernel.name, flops });
+    return this.#commands().beginComputePass({
+      timestampWrites: {
+        querySet: sets[sets.length - 1],
+        beginningOfPassWriteIndex: 2 * place,
+        endOfPassWriteIndex: 2 * place + 1,
+      },
+    });
   }
 
   #readBuffer(bytes: number): GPUBuffer {
@@ -335,4 +410,18 @@ export class GpuBackend implements Backend {
     const Kind = kind === 'GPUOutOfMemoryError' ? OutOfMemoryError : DeviceError;
     this.#failure = new Kind(`${kind} in ${where}: ${message}${source}`);
   }
+}
+
+/** @param times nanoseconds: start and end of each dispatch, those of a set side by side */
+function kernelTimes(timed: Profile['timed'], times: BigUint64Array): KernelTime[] {
+  const sums = new Map<string, { dispatches: number; milliseconds: number; flops: number }>();
+  timed.forEach(({ kernel, flops }, i) => {
+    const sum = sums.get(kernel) ?? { dispatches: 0, milliseconds: 0, flops: 0 };
+    sums.set(kernel, sum);
+    sum.dispatches++;
+    sum.flops += flops;
+    // Timers may step back by a tick; a time is not negative.
+    sum.milliseconds += Math.max(0, Number(times[2 * i + 1] - times[2 * i]) / 1e6);
+  });
+  return [...sums].map(([kernel, sum]) => ({ kernel, ...sum })).sort((a, b) => b.milliseconds - a.milliseconds);
 }

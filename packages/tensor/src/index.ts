@@ -9,6 +9,7 @@ export {
   type BufferRange,
   type DeviceLimits,
   defaultLimits,
+  type KernelTime,
   type Work,
 } from './backend.js';
 export * from './device.js';
@@ -32,6 +33,7 @@ export { type MemoryPart, type Place, type Storage, Tensor } from './tensor.js';
 export { gemm, type GemmOptions } from './wgsl/gemm.js';
 export { elementwiseKernel, runElementwise } from './ops/elementwise.js';
 export { add, addOp } from './ops/add.js';
+export { addInto } from './ops/add-into.js';
 export { cast, castOp, castTo } from './ops/cast.js';
 export { linear, linearOp, type LinearOptions } from './ops/linear.js';
 export { matmul, matmulOp } from './ops/matmul.js';

@@ -1,5 +1,6 @@
 /** A machine that does nothing: what runs on it is counted, not done. Every value that is read back is 0. */
-import { type Backend, type BackendStats, type DeviceLimits, newBackendStats } from './backend.js';
+import { type Backend, type BackendStats, type DeviceLimits, type KernelTime, newBackendStats } from './backend.js';
+import { DeviceError } from './errors.js';
 
 /** @internal See `planDevice`. */
 export class PlannedBackend implements Backend {
@@ -20,6 +21,14 @@ export class PlannedBackend implements Backend {
   flush(): void {}
   trim(): void {}
   destroy(): void {}
+
+  startProfile(): void {
+    throw new DeviceError('a plan has no time to measure; profile a device of openDevice()');
+  }
+
+  endProfile(): Promise<KernelTime[]> {
+    return Promise.resolve([]);
+  }
 
   idle(): Promise<void> {
     return Promise.resolve();
