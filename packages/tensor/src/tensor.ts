@@ -128,9 +128,12 @@ export class Tensor extends Owned {
     );
   }
 
-  /** A second handle on the same value; whoever asks for it must dispose of it. It belongs to no scope. */
-  retain(): Tensor {
-    const { device, shape, dtype, id } = this;
+  /**
+   * A second handle on the same value; whoever asks for it must dispose of it. It belongs to no scope.
+   * @param id the value that it stands for, where this one was computed in its stead
+   */
+  retain(id: number = this.id): Tensor {
+    const { device, shape, dtype } = this;
     if (this.#parts !== undefined) {
       return new Tensor(device, { parts: this.#parts.map((part) => part.retain()), id }, shape, dtype);
     }
