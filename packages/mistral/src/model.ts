@@ -25,6 +25,8 @@ export interface BlockContext {
   readonly spans: Tensor;
   /** Keys and values of earlier tokens, in generation. */
   readonly cache?: LayerCache | undefined;
+  /** Attention and MLP save their inputs alone and run again in backward. */
+  readonly checkpointing?: boolean;
 }
 
 /** Rotary, causal, grouped-query self-attention. */
@@ -106,13 +108,18 @@ export class Block extends Module {
   }
 
   /** x: [B, T, D] -> [B, T, D] */
-  forward(x: Tensor, context: BlockContext): Tensor {
+  forward(x: Tensor, { spans, cache, checkpointing = false }: BlockContext): Tensor {
     return scope(() => {
-      const h = scope(() => add(x, this.self_attn.forward(this.input_layernorm.forward(x), context)));
-      return add(
-        h,
-        scope(() => this.mlp.forward(this.post_attention_layernorm.forward(h))),
+      // Two halves: with both inputs kept, neither o_proj's nor down_proj's product runs again, 34 % of the block's.
+      const half = (fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor =>
+        checkpointing ? checkpoint((...again) => [fn(...again)], ...inputs)[0] : scope(() => fn(...inputs));
+      // spans goes in as an input: backward runs the half again when the forward pass's tensors are gone.
+      const h = half(
+        (x, spans) => add(x, this.self_attn.forward(this.input_layernorm.forward(x), { spans, cache })),
+        x,
+        spans,
       );
+      return half((h) => add(h, this.mlp.forward(this.post_attention_layernorm.forward(h))), h);
     });
   }
 }
@@ -133,7 +140,7 @@ export class MistralModel extends Module {
 
 /** Options of `Mistral.hidden`. */
 export interface HiddenOptions {
-  /** Blocks save their inputs alone and run again in backward. */
+  /** Blocks save the inputs of their two halves alone and run again in backward, as far as the gradients need it. */
   readonly checkpointing?: boolean;
   /** Keys and values of earlier tokens; the new ones are appended. */
   readonly cache?: KvCache;
@@ -206,10 +213,7 @@ export class Mistral extends Module implements CausalLM {
   hidden({ ids, spans }: ModelInput, { checkpointing = false, cache }: HiddenOptions = {}): Tensor {
     let x = this.model.embed_tokens.forward(ids, this.dtype);
     for (const [i, block] of this.model.layers.entries()) {
-      // spans goes in as an input: backward runs the block again when the forward pass's tensors are gone.
-      const next = checkpointing
-        ? checkpoint((h, at) => [block.forward(h, { spans: at })], x, spans)[0]
-        : block.forward(x, { spans, cache: cache?.layers[i] });
+      const next = block.forward(x, { spans, cache: cache?.layers[i], checkpointing });
       // Only the tape, if any, still needs the block's input.
       x.dispose();
       x = next;

@@ -1,21 +1,21 @@
 /** Checkpoint bytes to tensors: raw slices go up, and integer-only kernels convert them on the device. */
-import { type DType, rowsOf, columnsOf } from './dtype.js';
+import { columnsOf, pitchOf, rowsOf } from './dtype.js';
 import type { Device } from './device.js';
 import { DTypeError } from './errors.js';
 import { defineKernel, type Kernel } from './kernel.js';
-import type { TensorFile } from './safetensors.js';
+import type { TensorFile, TensorInfo } from './safetensors.js';
 import { keep, scope } from './scope.js';
 import type { Tensor } from './tensor.js';
 import { decodeFloats } from './float-bytes.js';
 
 const workgroupSize = 64;
 const sliceBytes = 4 << 20;
-/** Bytes after which the host waits: Dawn keeps staging memory until a submission is done. */
+/** Bytes after which the host waits for those before: Dawn keeps staging memory until a submission is done. */
 const waitBytes = 48 << 20;
 
-/** Values that did not fit while converting to f16. */
+/** Values of the source that did not fit. */
 export interface ConversionReport {
-  /** Finite values beyond 65504, stored as the largest f16 of their sign. */
+  /** Finite values beyond 65504, stored as the largest f16 of their sign; 0 in other types. */
   readonly overflows: number;
   /** Infinities and NaNs of the source. */
   readonly nonFinite: number;
@@ -72,6 +72,7 @@ var<workgroup> bads: array<u32, WORKGROUP>;
 var<private> big: u32 = 0u;
 var<private> bad: u32 = 0u;
 fn bits(e: u32) -> u32 { ${sources[from]} }
+fn not_finite(b: u32) -> bool { return (b & 0x7f800000u) == 0x7f800000u; }
 ${toHalf}
 fn kernel(group: u32, lane: u32) {
   let i = group * WORKGROUP + lane;
@@ -81,7 +82,7 @@ fn kernel(group: u32, lane: u32) {
     let b = vec4<u32>(${[0, 1, 2, 3].map(element).join(', ')});
     ${
       to === 'f32'
-        ? 'out[P.first_quad + i] = bitcast<vec4<f32>>(b);'
+        ? 'bad += u32(not_finite(b.x)) + u32(not_finite(b.y)) + u32(not_finite(b.z)) + u32(not_finite(b.w)); out[P.first_quad + i] = bitcast<vec4<f32>>(b);'
         : 'out[P.first_quad + i] = vec2<u32>(half_bits(b.x) | (half_bits(b.y) << 16u), half_bits(b.z) | (half_bits(b.w) << 16u));'
     }
   }
@@ -100,75 +101,179 @@ fn kernel(group: u32, lane: u32) {
 
 const kernels = new Map<string, Kernel>();
 
+function kernelFor(from: Source, to: 'f32' | 'f16'): Kernel {
+  const key = `${from} ${to}`;
+  const kernel = kernels.get(key) ?? convertKernel(from, to);
+  kernels.set(key, kernel);
+  return kernel;
+}
+
+/** Options of `loadTensor`. */
+export interface LoadTensorOptions {
+  /** Storage type on the device. F64 is rounded to f32 first. */
+  readonly dtype: 'f32' | 'f16';
+  /** Called with the bytes of each slice once it has been read. */
+  readonly onBytes?: ((bytes: number) => void) | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** Some rows: those from `row` on of a part, which are those from `at` on of the whole. */
+interface RowSlice {
+  readonly part: number;
+  readonly row: number;
+  readonly at: number;
+  readonly count: number;
+}
+
+/** All rows in slices that lie within one part. */
+function rowSlices(parts: readonly number[], most: number): RowSlice[] {
+  const slices: RowSlice[] = [];
+  let at = 0;
+  parts.forEach((rows, part) => {
+    for (let row = 0; row < rows; row += most) {
+      const count = Math.min(most, rows - row);
+      slices.push({ part, row, at, count });
+      at += count;
+    }
+  });
+  return slices;
+}
+
+/** A stored tensor as rows of 2 or 4 bytes an element, which a kernel can take. */
+class RowReader {
+  readonly rows: number;
+  readonly columns: number;
+  readonly from: Source;
+  readonly #file: TensorFile;
+  readonly #info: TensorInfo;
+  readonly #rowBytes: number;
+
+  constructor(file: TensorFile, info: TensorInfo) {
+    const wide = info.dtype === 'F64';
+    if (!wide && !(info.dtype in sources)) {
+      throw new DTypeError(
+        `${info.file}: ${info.name} is stored as ${info.dtype}; floats (F64, F32, F16, BF16) can be loaded`,
+      );
+    }
+    this.#file = file;
+    this.#info = info;
+    this.rows = rowsOf(info.shape);
+    this.columns = columnsOf(info.shape);
+    this.from = wide ? 'F32' : (info.dtype as Source);
+    this.#rowBytes = info.byteLength / this.rows;
+  }
+
+  /** Rows of a slice: a multiple of `step`. */
+  rowsPerSlice(step: number): number {
+    return Math.max(step, Math.floor(sliceBytes / this.#rowBytes / step) * step);
+  }
+
+  /** Bytes in the file. */
+  bytesOf({ count }: RowSlice): number {
+    return count * this.#rowBytes;
+  }
+
+  /** The values in whole words. */
+  async read({ at, count }: RowSlice): Promise<Uint8Array<ArrayBuffer>> {
+    const bytes = await this.#file.readRange(this.#info.name, at * this.#rowBytes, (at + count) * this.#rowBytes);
+    if (this.#info.dtype === 'F64') return new Uint8Array(decodeFloats(bytes, 'F64').buffer);
+    const padded = new Uint8Array(Math.ceil(bytes.byteLength / 4) * 4);
+    padded.set(bytes);
+    return padded;
+  }
+}
+
 /**
- * Reads a float tensor of a checkpoint onto the device, in slices and with back-pressure: host memory stays at some
- * megabytes whatever the tensor's size.
- * @param dtype storage type on the device; F64 is rounded to f32 first
- * @returns the tensor, which the caller owns, and what did not fit
+ * Reads a float tensor of a checkpoint onto the device, in slices: the next is read while the device converts those
+ * before, and the host waits when 96 MiB are on their way, so its memory stays at that whatever the tensor's size. What
+ * is larger than the device binds lies in parts (see `Device.emptyWeight`).
+ * @returns the tensor, which the caller owns and which counts as weights, and what did not fit
  * @throws DTypeError when the stored tensor holds no floats
  */
 export async function loadTensor(
   device: Device,
   file: TensorFile,
   name: string,
-  dtype: 'f32' | 'f16',
+  options: LoadTensorOptions,
 ): Promise<{ tensor: Tensor; report: ConversionReport }> {
   const info = file.info(name);
-  const rows = rowsOf(info.shape);
-  const columns = columnsOf(info.shape);
-  const wide = info.dtype === 'F64';
-  if (!wide && !(info.dtype in sources)) {
-    throw new DTypeError(
-      `${info.file}: ${name} is stored as ${info.dtype}; floats (F64, F32, F16, BF16) can be loaded`,
-    );
+  const { dtype } = options;
+  const reader = new RowReader(file, info);
+  const { columns } = reader;
+  const rowQuads = pitchOf(columns, dtype) / 4;
+  const tensor = scope(() => keep(device.emptyWeight(info.shape, dtype).tag('weights')));
+  try {
+    const report = await convert(device, reader, {
+      ...options,
+      parts: tensor.parts.map((part) => part.rows),
+      rowsPerSlice: reader.rowsPerSlice(1),
+      target: ({ part, row }) => ({ out: tensor.parts[part], firstQuad: row * rowQuads }),
+    });
+    return { tensor, report };
+  } catch (error) {
+    tensor.dispose();
+    throw error;
   }
-  const from: Source = wide ? 'F32' : (info.dtype as Source);
-  const stored = wide ? 8 : from === 'F32' ? 4 : 2;
-  const key = `${from} ${dtype}`;
-  let kernel = kernels.get(key);
-  if (kernel === undefined) {
-    kernel = convertKernel(from, dtype);
-    kernels.set(key, kernel);
-  }
-  const rowsPerSlice = Math.max(1, Math.min(rows, Math.floor(sliceBytes / (columns * stored))));
-  const tensor = scope(() => keep(device.empty(info.shape, dtype)));
-  const rowQuads = tensor.pitch / 4;
-  const groups = Math.ceil((rowsPerSlice * rowQuads) / workgroupSize);
+}
+
+interface Conversion extends LoadTensorOptions {
+  /** Rows of each part. */
+  readonly parts: readonly number[];
+  readonly rowsPerSlice: number;
+  /** Where a slice goes: called in a scope, in order. */
+  readonly target: (slice: RowSlice) => { readonly out: Tensor; readonly firstQuad: number };
+}
+
+async function convert(
+  device: Device,
+  reader: RowReader,
+  { dtype, parts, rowsPerSlice, target, onBytes, signal }: Conversion,
+): Promise<ConversionReport> {
+  const { columns } = reader;
+  const kernel = kernelFor(reader.from, dtype);
+  const rowQuads = pitchOf(columns, dtype) / 4;
+  const slices = rowSlices(parts, rowsPerSlice);
+  const groups = Math.ceil((slices[0].count * rowQuads) / workgroupSize);
   const counts = scope(() => keep(device.zeros([2 * groups], 'u32')));
+  let next = reader.read(slices[0]);
+  let done = Promise.resolve();
   let waiting = 0;
   try {
-    for (let row = 0; row < rows; row += rowsPerSlice) {
-      const count = Math.min(rowsPerSlice, rows - row);
-      const bytes = await file.readRange(name, row * columns * stored, (row + count) * columns * stored);
-      const raw = wide ? new Uint8Array(decodeFloats(bytes, 'F64').buffer) : new Uint8Array(bytes);
-      const words = Math.ceil(raw.byteLength / 4);
-      const padded = raw.byteLength % 4 === 0 ? raw : new Uint8Array(words * 4);
-      if (padded !== raw) padded.set(raw);
+    for (const [i, slice] of slices.entries()) {
+      signal?.throwIfAborted();
+      const raw = await next;
+      if (i + 1 < slices.length) {
+        next = reader.read(slices[i + 1]);
+        // Whoever awaits it hears of an error; until then it is no unhandled one.
+        next.catch(() => {});
+      }
       scope(() => {
+        const { out, firstQuad } = target(slice);
+        const quads = slice.count * rowQuads;
         device.dispatch(
           kernel,
-          { raw: device.fromBytes(padded, [words], 'u32' satisfies DType), out: tensor, counts },
-          { quads: count * rowQuads, row_quads: rowQuads, columns, first_quad: row * rowQuads },
-          Math.ceil((count * rowQuads) / workgroupSize),
+          { raw: device.fromBytes(raw, [raw.byteLength / 4], 'u32'), out, counts },
+          { quads, row_quads: rowQuads, columns, first_quad: firstQuad },
+          Math.ceil(quads / workgroupSize),
         );
       });
+      onBytes?.(reader.bytesOf(slice));
       waiting += raw.byteLength;
-      if (waiting >= waitBytes) {
-        await device.idle();
-        waiting = 0;
-      }
+      if (waiting < waitBytes) continue;
+      await done;
+      done = device.idle();
+      done.catch(() => {});
+      waiting = 0;
     }
-    const found = dtype === 'f16' ? await counts.read() : [];
+    await done;
+    const found = await counts.read();
     let overflows = 0;
     let nonFinite = 0;
     for (let i = 0; i < found.length; i += 2) {
       overflows += found[i];
       nonFinite += found[i + 1];
     }
-    return { tensor, report: { overflows, nonFinite } };
-  } catch (error) {
-    tensor.dispose();
-    throw error;
+    return { overflows, nonFinite };
   } finally {
     counts.dispose();
   }

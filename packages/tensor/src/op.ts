@@ -1,5 +1,6 @@
 /** Ops: shape contract, forward, vjp, and the recorder seam through which a tape hears of them. */
-import { isFloat } from './dtype.js';
+import type { Device } from './device.js';
+import { type DType, isFloat } from './dtype.js';
 import { DTypeError, LifetimeError } from './errors.js';
 import { scope, scopeDepth } from './scope.js';
 import { applyContract, type Contract, parseContract } from './shape.js';
@@ -12,6 +13,11 @@ export interface ForwardContext<A> {
   readonly shapes: readonly (readonly number[])[];
   /** Which inputs want a gradient; all false when nothing is recorded, and nothing need be saved then. */
   readonly needs: readonly boolean[];
+  /**
+   * Which outputs must be computed: all, but where a checkpoint runs the op again for what it saves. For the others the
+   * op may give `device.placeholder(shape, dtype)`.
+   */
+  readonly wanted: readonly boolean[];
 }
 
 /** What `forward` gives: the outputs, and what the vjp will need of them and of the inputs. */
@@ -31,6 +37,11 @@ export interface VjpContext<A> {
   readonly attrs: A;
   /** Shapes of the inputs. */
   readonly shapes: readonly (readonly number[])[];
+  /**
+   * Where the gradient of an input is collected: an f32 tensor of its shape, on top of whose values it comes. A vjp may
+   * add to it itself and return it as the gradient; of those that do not the tape adds what they return.
+   */
+  readonly into: readonly (Tensor | undefined)[];
 }
 
 /** What `defineOp` takes. */
@@ -47,6 +58,11 @@ export interface OpSpec<A> {
   readonly weights?: readonly string[];
   /** Names of integer inputs. */
   readonly integers?: readonly string[];
+  /**
+   * True when computing the outputs again from the inputs costs little: a later op that saves one makes the tape keep the
+   * inputs alone, where it keeps them anyhow.
+   */
+  readonly cheap?: boolean;
   /** Runs the kernels. */
   readonly forward: (inputs: readonly Tensor[], context: ForwardContext<A>) => ForwardResult;
   /** Gradients of the inputs, in their order; undefined for those not in `needs`. A function from tensors to tensors: it needs no tape. */
@@ -60,26 +76,52 @@ export interface Op<A> extends OpSpec<A> {
   run(inputs: readonly Tensor[], attrs: A): readonly Tensor[];
 }
 
-/** One recorded application of an op. The recorder retains what it keeps. */
-export interface Recorded {
+/** One application of an op, as a recorder hears of it. */
+export interface Application {
   readonly name: string;
   readonly inputs: readonly Tensor[];
   readonly outputs: readonly Tensor[];
+  /** What the vjp will need. The recorder retains what it keeps. */
   readonly saved: readonly (Tensor | undefined)[];
+  /** Which inputs want a gradient. */
   readonly needs: readonly boolean[];
-  /** Gradients of the inputs for cotangents of the outputs. */
+}
+
+/** An application that a gradient goes through. */
+export interface Recorded extends Application {
+  /** Gradients of the inputs for cotangents of the outputs; `into` as in `VjpContext`. */
   readonly vjp: (
     dys: readonly (Tensor | undefined)[],
     saved: readonly (Tensor | undefined)[],
+    into?: readonly (Tensor | undefined)[],
   ) => readonly (Tensor | undefined)[];
+  /** Of cheap ops: the outputs, with the same bits, from the inputs. */
+  readonly again?: ((inputs: readonly Tensor[]) => readonly Tensor[]) | undefined;
+}
+
+/** What is asked of one application of an op when a function runs again for what its ops save. */
+export interface Demand {
+  /** Which outputs must be computed. */
+  readonly wanted: readonly boolean[];
+  /** Set when the op need not run at all: what its outputs look like, and which inputs it saves. */
+  readonly skip?:
+    | {
+        readonly outputs: readonly { readonly shape: readonly number[]; readonly dtype: DType }[];
+        readonly saved: readonly (number | undefined)[];
+      }
+    | undefined;
 }
 
 /** What a tape implements. */
 export interface Recorder {
   /** True when gradients with respect to this value are wanted. */
   tracks(x: Tensor): boolean;
-  /** Hears of one application of an op. */
+  /** Hears of an application with an input that is tracked. */
   record(node: Recorded): void;
+  /** Hears of the other applications. */
+  pass?(application: Application): void;
+  /** Asked once before each application; everything is computed when left out. */
+  demand?(name: string): Demand | undefined;
 }
 
 let recorder: Recorder | undefined;
@@ -123,31 +165,63 @@ function runOp<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tensor[], 
   try {
     // The inner scope frees what forward made on the way and, once the recorder holds them, what it saved.
     return scope(() => {
-      const { outputs, saved = [] } = withRecorder(undefined, () => spec.forward(inputs, { attrs, shapes, needs }));
-      if (heard !== undefined && needs.includes(true)) {
-        const vjp = spec.vjp;
-        if (vjp === undefined) throw new LifetimeError(`${spec.name} has no gradient, but an input of it needs one`);
-        heard.record({
-          name: spec.name,
-          inputs,
-          outputs,
-          saved,
-          needs,
-          vjp: (dys, kept) => {
-            const outer = device.beginOp(`${spec.name} (backward)`);
-            try {
-              return vjp({ dys, saved: kept, needs, attrs, shapes: inputShapes });
-            } finally {
-              device.beginOp(outer);
-            }
-          },
-        });
+      const demand = heard?.demand?.(spec.name);
+      const wanted = demand?.wanted ?? shapes.map(() => true);
+      const { outputs, saved = [] } =
+        demand?.skip === undefined
+          ? withRecorder(undefined, () => spec.forward(inputs, { attrs, shapes, needs, wanted }))
+          : skipped(device, demand.skip, inputs);
+      if (heard === undefined) return outputs;
+      const application: Application = { name: spec.name, inputs, outputs, saved, needs };
+      if (!needs.includes(true)) {
+        heard.pass?.(application);
+        return outputs;
       }
+      const vjp = spec.vjp;
+      if (vjp === undefined) throw new LifetimeError(`${spec.name} has no gradient, but an input of it needs one`);
+      const named = <T>(part: string, fn: () => T): T => {
+        const outer = device.beginOp(`${spec.name} (${part})`);
+        try {
+          return fn();
+        } finally {
+          device.beginOp(outer);
+        }
+      };
+      const nothing = inputs.map(() => undefined);
+      heard.record({
+        ...application,
+        vjp: (dys, kept, into = nothing) =>
+          named('backward', () => vjp({ dys, saved: kept, needs, attrs, shapes: inputShapes, into })),
+        again:
+          spec.cheap !== true
+            ? undefined
+            : (xs) =>
+                named('again', () =>
+                  withRecorder(undefined, () =>
+                    scope(
+                      () =>
+                        spec.forward(xs, {
+                          attrs,
+                          shapes,
+                          needs: needs.map(() => false),
+                          wanted: shapes.map(() => true),
+                        }).outputs,
+                    ),
+                  ),
+                ),
+      });
       return outputs;
     });
   } finally {
     device.beginOp(before);
   }
+}
+
+function skipped(device: Device, skip: NonNullable<Demand['skip']>, inputs: readonly Tensor[]): ForwardResult {
+  return {
+    outputs: skip.outputs.map(({ shape, dtype }) => device.placeholder(shape, dtype)),
+    saved: skip.saved.map((i) => (i === undefined ? undefined : inputs[i])),
+  };
 }
 
 function checkDTypes<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tensor[]): void {

@@ -17,6 +17,7 @@ export function castTo(x: Tensor, dtype: DType): Tensor {
 export const castOp: Op<{ from: DType; to: 'f32' | 'f16' }> = defineOp<{ from: DType; to: 'f32' | 'f16' }>({
   name: 'cast',
   contract: 'x[...] -> [...]',
+  cheap: true,
   forward: ([x], { attrs }) => ({ outputs: [castTo(x, attrs.to)] }),
   vjp: ({ dys: [dy], attrs }) => [dy && castTo(dy, attrs.from)],
 });

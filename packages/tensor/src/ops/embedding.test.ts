@@ -2,6 +2,7 @@ import { type Array64, array64, checkOp, relativeError, testDevice, valueAndGrad
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
 import { keep, scope } from '../scope.js';
+import { Tensor } from '../tensor.js';
 import { embedding, embeddingOp } from './embedding.js';
 import { mul } from './mul.js';
 import { sum } from './sum.js';
@@ -56,4 +57,32 @@ it('embedding: ids outside of the table read its first or last row', async () =>
   const y = scope(() => keep(embedding(device.fromArray([-5, 9], [2], 'i32'), device.fromArray([1, 2, 3], [3, 1]))));
   expect([...(await y.read())]).toEqual([1, 3]);
   y.dispose();
+});
+
+it.each(['f32', 'f16'] as const)('embedding: a table in parts gives the rows of the whole, in %s', async (dtype) => {
+  const columns = 11;
+  const values = (rows: number, from: number): number[] =>
+    Array.from({ length: rows * columns }, (_, i) => Math.sin(from * columns + i));
+  const [whole, split] = scope(() => {
+    const parts = [
+      [4, 0],
+      [1, 4],
+      [2, 5],
+    ].map(([rows, from]) => device.fromArray(values(rows, from), [rows, columns], dtype));
+    const table = new Tensor(device, { parts }, [7, columns], dtype);
+    const ids = device.fromArray([6, 0, 4, 3, 5, -1, 9, 4], [2, 4], 'i32');
+    const of = (t: Tensor): Tensor => embedding(ids, t, { dtype: 'f32' });
+    return keep([of(device.fromArray(values(7, 0), [7, columns], dtype)), of(table)]);
+  });
+  expect(await split.read()).toEqual(await whole.read());
+  whole.dispose();
+  split.dispose();
+  scope(() => {
+    const parts = [device.zeros([2, 8]), device.zeros([1, 8])];
+    const table = new Tensor(device, { parts }, [3, 8], 'f32');
+    const ids = device.fromArray([1], [1], 'i32');
+    expect(() => valueAndGrad(() => sum(embedding(ids, table)), [table])).toThrow(
+      'embedding: a gradient is wanted for the table [3, 8], which is larger than this device binds and lies in 2 parts',
+    );
+  });
 });

@@ -1,5 +1,6 @@
 /** Rows of a table by id. */
 import type { DType } from '../dtype.js';
+import { ShapeError } from '../errors.js';
 import { defineKernel } from '../kernel.js';
 import { defineOp, type Op } from '../op.js';
 import type { Tensor } from '../tensor.js';
@@ -9,17 +10,21 @@ const workgroupSize = 64;
 // An id outside of the table would read elsewhere; whoever makes ids must check them, this only stays inside.
 const clampId = 'fn row_at(n: u32) -> u32 { return u32(clamp(i32(ids_load(n)), 0, i32(P.table_rows) - 1)); }';
 
+// `table` holds `part_rows` rows of the whole table from `first_row` on; ids of other rows are left to other parts.
 const gatherKernel = defineKernel({
   name: 'embedding',
   bindings: { ids: 'read', table: 'read', out: 'write' },
-  params: { quads: 'u32', row_quads: 'u32', table_rows: 'u32' },
+  params: { quads: 'u32', row_quads: 'u32', table_rows: 'u32', first_row: 'u32', part_rows: 'u32' },
   workgroupSize,
   body: `
 ${clampId}
 fn kernel(group: u32, lane: u32) {
   let i = group * WORKGROUP + lane;
   if (i >= P.quads) { return; }
-  out_store4(i, table_load4(row_at(i / P.row_quads) * P.row_quads + i % P.row_quads));
+  let row = row_at(i / P.row_quads) - P.first_row;
+  // Wraps round where the row lies before this part.
+  if (row >= P.part_rows) { return; }
+  out_store4(i, table_load4(row * P.row_quads + i % P.row_quads));
 }`,
 });
 
@@ -80,15 +85,26 @@ export const embeddingOp: Op<Attrs> = defineOp<Attrs>({
   integers: ['ids'],
   forward: ([ids, table], { attrs, shapes, needs }) => {
     const device = table.device;
+    const { parts } = table;
+    if (needs[1] && parts.length > 1) {
+      throw new ShapeError(
+        `embedding: a gradient is wanted for the table [${table.shape.join(', ')}], which is larger than this device binds and lies in ` +
+          `${parts.length} parts; train rows of it beside a frozen table (trainable_token_indices), or take a device with larger bindings`,
+      );
+    }
     const out = device.empty(shapes[0], attrs.dtype);
     const row_quads = table.pitch / 4;
     const quads = out.rows * row_quads;
-    device.dispatch(
-      gatherKernel,
-      { ids, table, out },
-      { quads, row_quads, table_rows: table.shape[0] },
-      Math.ceil(quads / workgroupSize),
-    );
+    let first_row = 0;
+    for (const part of parts) {
+      device.dispatch(
+        gatherKernel,
+        { ids, table: part, out },
+        { quads, row_quads, table_rows: table.rows, first_row, part_rows: part.rows },
+        Math.ceil(quads / workgroupSize),
+      );
+      first_row += part.rows;
+    }
     return { outputs: [out], saved: [needs[1] ? ids : undefined] };
   },
   vjp: ({ dys: [dy], saved: [ids], attrs, shapes }) => {
@@ -119,7 +135,8 @@ export interface EmbeddingOptions {
 
 /**
  * Row `ids[i]` of the table for each id. ids: i32 [...], table: [V, D] -> [..., D]. Ids must be checked where they are
- * made: one outside 0..V-1 gives the nearest row. The table's gradient sums in f32, positions ascending, without atomics.
+ * made: one outside 0..V-1 gives the nearest row. The table's gradient sums in f32, positions ascending, without atomics;
+ * a table in parts (see `Tensor.parts`) is read, but has none.
  */
 export function embedding(ids: Tensor, table: Tensor, options: EmbeddingOptions = {}): Tensor {
   return embeddingOp.run([ids, table], { dtype: options.dtype ?? table.dtype, tableDType: table.dtype })[0];

@@ -15,6 +15,7 @@ function product(a: Tensor, b: Tensor): Tensor {
 export const mulOp: Op<undefined> = defineOp<undefined>({
   name: 'mul',
   contract: 'a[...], b[...] -> [...]',
+  cheap: true,
   forward: ([a, b], { needs }) => ({
     outputs: [product(a, b)],
     saved: [needs[1] ? a : undefined, needs[0] ? b : undefined],

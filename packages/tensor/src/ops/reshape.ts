@@ -6,6 +6,7 @@ import type { Tensor } from '../tensor.js';
 export const reshapeOp: Op<{ shape: readonly number[] }> = defineOp<{ shape: readonly number[] }>({
   name: 'reshape',
   contract: 'x[...] -> []',
+  cheap: true,
   forward: ([x], { attrs }) => ({ outputs: [x.view(attrs.shape)] }),
   vjp: ({ dys: [dy], shapes }) => [dy?.view(shapes[0])],
 });

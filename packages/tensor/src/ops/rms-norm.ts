@@ -98,6 +98,7 @@ interface Attrs {
 export const rmsNormOp: Op<Attrs> = defineOp<Attrs>({
   name: 'rmsNorm',
   contract: 'x[..., D], w[D] -> [..., D]',
+  cheap: true,
   weights: ['w'],
   forward: ([x, w], { attrs, needs }) => {
     const device = x.device;

@@ -15,6 +15,7 @@ function scaled(x: Tensor, factor: number): Tensor {
 export const scaleOp: Op<{ factor: number }> = defineOp<{ factor: number }>({
   name: 'scale',
   contract: 'x[...] -> [...]',
+  cheap: true,
   forward: ([x], { attrs }) => ({ outputs: [scaled(x, attrs.factor)] }),
   vjp: ({ dys: [dy], attrs }) => [dy && scaled(dy, attrs.factor)],
 });

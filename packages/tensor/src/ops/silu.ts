@@ -20,6 +20,7 @@ const backwardKernel = elementwiseKernel(
 export const siluOp: Op<undefined> = defineOp<undefined>({
   name: 'silu',
   contract: 'x[...] -> [...]',
+  cheap: true,
   forward: ([x]) => {
     const out = x.device.empty(x.shape, x.dtype);
     runElementwise(forwardKernel, { x }, out);

@@ -35,6 +35,7 @@ fn kernel(group: u32, lane: u32) {
 export const swigluOp: Op<undefined> = defineOp<undefined>({
   name: 'swiglu',
   contract: 'gate[...], up[...] -> [...]',
+  cheap: true,
   forward: ([gate, up], { needs }) => {
     const out = gate.device.empty(gate.shape, gate.dtype);
     runElementwise(forwardKernel, { gate, up }, out);
