@@ -44,3 +44,22 @@ export class InitWeights implements Weights {
     return keep(this.#device.fromArray(initialValues(path, size, init, this.#seed), shape, this.#dtype));
   }
 }
+
+/**
+ * Parameters that have a place and no values: for plans, where nothing is computed, and each takes the bytes that one from
+ * a checkpoint would take.
+ */
+export class EmptyWeights implements Weights {
+  readonly #device: Device;
+  readonly #dtypeOf: (path: string) => DType;
+
+  /** @param dtypeOf the storage type of the parameter at a path */
+  constructor(device: Device, dtypeOf: (path: string) => DType) {
+    this.#device = device;
+    this.#dtypeOf = dtypeOf;
+  }
+
+  get(path: string, shape: readonly number[]): Promise<Tensor> {
+    return Promise.resolve(keep(this.#device.emptyWeight(shape, this.#dtypeOf(path)).tag('weights')));
+  }
+}

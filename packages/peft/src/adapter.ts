@@ -395,7 +395,16 @@ export function peftConfig(options: LoraOptions = {}, inject: InjectOptions = {}
   return { config, inject: (model) => injectAdapter(model, config, inject) };
 }
 
-/** A parameter of an adapter from host values, owned by the layer. */
-export function adapterTensor(device: Device, values: ArrayLike<number>, shape: readonly number[]): Tensor {
-  return keep(device.fromArray(values, shape));
+/**
+ * A parameter of an adapter from host values, owned by the layer. Values that are given by a function are not asked for on
+ * a device that only plans.
+ */
+export function adapterTensor(
+  device: Device,
+  values: ArrayLike<number> | (() => ArrayLike<number>),
+  shape: readonly number[],
+): Tensor {
+  if (typeof values !== 'function') return keep(device.fromArray(values, shape).tag('adapters'));
+  const made = device.planned ? device.empty(shape, 'f32') : device.fromArray(values(), shape);
+  return keep(made.tag('adapters'));
 }

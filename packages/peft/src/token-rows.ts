@@ -20,7 +20,7 @@ export class TokenRows extends Module {
     super();
     const { device } = weight;
     this.#ids = scope(() => keep(device.fromArray(ids, [ids.length], 'i32')));
-    this.trainable_tokens_delta = scope(() => keep(embedding(this.#ids, weight, { dtype: 'f32' })));
+    this.trainable_tokens_delta = scope(() => keep(embedding(this.#ids, weight, { dtype: 'f32' }))).tag('adapters');
   }
 
   /** x: [..., D], the embedding of ids [...] -> x with these rows where the id is one of theirs. */

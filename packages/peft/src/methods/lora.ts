@@ -1,5 +1,5 @@
 /** LoRA (Hu et al., 2021): y = W x + scaling * B A drop(x), with W frozen. rsLoRA (Kalajdzievski, 2023) by its scaling. */
-import { hashString, initialValues, Linear, Module, trainingContext } from '@lorikeet/nn';
+import { hashString, type Init, initialValues, Linear, Module, trainingContext } from '@lorikeet/nn';
 import { cast, gemm, keep, loraLinear, scope, type Tensor } from '@lorikeet/tensor';
 import { adapterTensor, definePeft, PeftLayer, type PeftMethod, type WrapContext } from '../adapter.js';
 import {
@@ -129,20 +129,14 @@ function wrap(layer: Module, context: WrapContext): PeftLayer {
   if (typeof init === 'string' && init !== 'gaussian' && init !== 'true' && init !== 'false') {
     throw new AdapterError(`init_lora_weights "${init}" is not supported yet; use true, false or "gaussian"`);
   }
-  const a = initialValues(
-    `${path}.lora_A.weight`,
-    r * width,
-    // Kaiming uniform with a = sqrt(5) comes to 1 / sqrt(in).
-    init === 'gaussian' ? { kind: 'normal', std: 1 / r } : { kind: 'uniform', bound: 1 / Math.sqrt(width) },
-    seed,
-  );
-  const b = initialValues(
-    `${path}.lora_B.weight`,
-    out * r,
-    init === false || init === 'false' ? { kind: 'uniform', bound: 1 / Math.sqrt(r) } : { kind: 'zeros' },
-    seed,
-  );
-  return new LoraLinear(layer, adapterTensor(device, a, [r, width]), adapterTensor(device, b, [out, r]), {
+  // Kaiming uniform with a = sqrt(5) comes to 1 / sqrt(in).
+  const startA: Init =
+    init === 'gaussian' ? { kind: 'normal', std: 1 / r } : { kind: 'uniform', bound: 1 / Math.sqrt(width) };
+  const startB: Init =
+    init === false || init === 'false' ? { kind: 'uniform', bound: 1 / Math.sqrt(r) } : { kind: 'zeros' };
+  const factor = (name: string, shape: readonly [number, number], start: Init): Tensor =>
+    adapterTensor(device, () => initialValues(`${path}.${name}.weight`, shape[0] * shape[1], start, seed), shape);
+  return new LoraLinear(layer, factor('lora_A', [r, width], startA), factor('lora_B', [out, r], startB), {
     scaling,
     dropout: config.lora_dropout,
     stream: hashString(path),
