@@ -2,6 +2,7 @@
  * What test suites share: a device, float64 arithmetic, `checkOp`, and the golden data where it is there.
  * @packageDocumentation
  */
+export * from './bench.js';
 export * from './check-op.js';
 export * from './device.js';
 export * from './float64.js';

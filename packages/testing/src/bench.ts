@@ -1,0 +1,43 @@
+/** What benches share: the clock, and results that people and programs can read. */
+import { appendFileSync } from 'node:fs';
+import type { Device } from '@lorikeet/tensor';
+
+/** One figure of a bench. */
+export interface BenchResult {
+  /** Which bench it belongs to. */
+  readonly suite: string;
+  /** What was measured, with its shape. */
+  readonly name: string;
+  readonly value: number;
+  readonly unit: string;
+  /** How it was measured, where that is not plain. */
+  readonly note?: string;
+}
+
+/** Prints a result, and appends it as a line of JSON to the file that `LORIKEET_BENCH_OUT` names. */
+export function benchResult(result: BenchResult): void {
+  const { name, value, unit, note } = result;
+  const digits = Math.abs(value) >= 100 ? 0 : Math.abs(value) >= 10 ? 1 : 2;
+  console.log(
+    `${name.padEnd(52)} ${value.toFixed(digits).padStart(10)} ${unit}${note === undefined ? '' : `  (${note})`}`,
+  );
+  const file = process.env['LORIKEET_BENCH_OUT'];
+  if (file !== undefined) appendFileSync(file, `${JSON.stringify(result)}\n`);
+}
+
+/** True where kernels run on the processor. */
+export function isSoftware(device: Device): boolean {
+  const { fallback, description, device: name } = device.info;
+  return fallback || /llvmpipe|swiftshader/i.test(`${description} ${name}`);
+}
+
+/** Processor time of this process in ms, divided by the two cores that a software device uses here. */
+export function processorTime(): number {
+  const { user, system } = process.cpuUsage();
+  return (user + system) / 2000;
+}
+
+/** The clock that tells most: processor time on a software device, which other work does not disturb, else the wall clock. */
+export function benchClock(device: Device): () => number {
+  return isSoftware(device) ? processorTime : () => performance.now();
+}
