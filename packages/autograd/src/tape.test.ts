@@ -1,21 +1,26 @@
 import {
   add,
   cast,
+  defineOp,
   type Device,
   keep,
   linear,
+  loraLinear,
   mul,
+  reshape,
   rmsNorm,
   scale,
   scope,
   silu,
   softmax,
   sum,
+  swiglu,
   type Tensor,
+  withRecorder,
 } from '@lorikeet/tensor';
-import { testDevice } from '@lorikeet/testing';
+import { randomArray64, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
-import { type GradOptions, valueAndGrad } from './tape.js';
+import { type GradOptions, Tape, valueAndGrad } from './tape.js';
 
 const device: Device = await testDevice();
 
@@ -169,5 +174,199 @@ describe('memory', () => {
     // The activations themselves live until the function ends, one a step.
     const [one, two] = [peakOf((y) => scale(y, 2)), peakOf((y) => scale(scale(scale(y, 2), 2), 2))];
     expect(two).toBeLessThan(one + 4);
+  });
+});
+
+describe('values of cheap ops', () => {
+  let runs = 0;
+  /** Three times x, and a count of how often it was computed. */
+  const triple = defineOp<undefined>({
+    name: 'triple',
+    contract: 'x[...] -> [...]',
+    cheap: true,
+    forward: ([x]) => {
+      runs++;
+      return { outputs: [scale(x, 3)], saved: [x] };
+    },
+    vjp: ({ dys: [dy] }) => [dy && scale(dy, 3)],
+  });
+
+  /** Bytes that the tape holds after `fn`, results and what lives outside left out. */
+  function heldBy(params: readonly Tensor[], fn: () => readonly Tensor[]): number {
+    let held = 0;
+    valueAndGrad(() => {
+      const before = device.stats().liveBytes;
+      const ys = scope(fn);
+      held = device.stats().liveBytes - before - ys.reduce((n, y) => n + y.bytes, 0);
+      return ys.map((y) => sum(y)).reduce((a, b) => add(a, b));
+    }, params);
+    return held;
+  }
+
+  const bytes = 4 * 64 * 32;
+  const rstd = 256;
+
+  it('are not held where their inputs are', () => {
+    scope(() => {
+      const x = device.zeros([64, 32]);
+      const norm = device.zeros([32]);
+      const ws = [0, 1, 2].map(() => device.zeros([8, 32]));
+      const start = device.stats().liveBytes;
+      const params = [x, ...ws];
+      expect(heldBy(params, () => ws.map((w) => linear(rmsNorm(x, norm, { eps: 1e-5 }), w)))).toBe(3 * rstd);
+      const shared = (through: (h: Tensor) => Tensor): readonly Tensor[] => {
+        const h = through(rmsNorm(add(x, x), norm, { eps: 1e-5 }));
+        return ws.map((w) => linear(h, w));
+      };
+      // The norm's input alone, also when the linears see the norm through other cheap ops.
+      expect(heldBy(params, () => shared((h) => h))).toBe(bytes + rstd);
+      expect(heldBy(params, () => shared((h) => reshape(h, [2, 32, 32])))).toBe(bytes + rstd);
+      // silu saves its own input, the norm's output, which is not held either.
+      expect(heldBy(params, () => shared((h) => reshape(silu(h), [2, 32, 32])))).toBe(bytes + rstd);
+      // Nobody holds what scale takes.
+      expect(heldBy(params, () => shared((h) => scale(add(h, h), 2)))).toBe(2 * bytes + rstd);
+      // A cast needs the parameter alone.
+      expect(heldBy(params, () => [linear(cast(add(x, x), 'f16'), cast(ws[0], 'f16'))])).toBe(bytes / 2);
+      expect(device.stats().liveBytes - start).toBeLessThan(40 * bytes);
+    });
+  });
+
+  it('are computed again once, for all who need them, and freed by the last', () => {
+    scope(() => {
+      const x = device.zeros([64, 32]);
+      const ws = Array.from({ length: 10 }, () => device.zeros([32, 32]));
+      runs = 0;
+      device.resetPeak();
+      const before = device.stats().liveBytes;
+      valueAndGrad(() => {
+        let y = x;
+        for (const w of ws) {
+          const input = y;
+          y = scope(() => {
+            const h = triple.run([input], undefined)[0];
+            return add(add(linear(h, w), linear(h, w)), mul(h, h));
+          });
+        }
+        return sum(y);
+      }, ws);
+      // No gradient goes through the first, so that its value is as good as an input.
+      expect(runs).toBe(10 + 9);
+      // Ten inputs, and what one layer's backward takes; the ten threefold ones would come on top.
+      expect((device.stats().peakBytes - before) / bytes).toBeLessThan(19);
+    });
+  });
+
+  it('give the same bits as held ones', async () => {
+    const shapes = { x: [6, 10], w: [10, 10], norm: [10] } as const;
+    const run = (remake: boolean): Tensor[] =>
+      scope(() => {
+        const [x, w, norm] = Object.values(shapes).map((shape: readonly number[], i) =>
+          device.fromArray(
+            randomArray64(
+              shape.reduce((n, d) => n * d),
+              i,
+            ),
+            shape,
+          ),
+        );
+        const params = [x, w, norm];
+        const tape = new Tape(params, { remake });
+        const value = withRecorder(tape, () => {
+          let y = x;
+          for (let i = 0; i < 3; i++) {
+            const h = rmsNorm(y, norm, { eps: 1e-5 });
+            y = add(y, linear(swiglu(linear(h, w), mul(h, silu(h))), w));
+          }
+          return sum(mul(y, y));
+        });
+        const grads = tape.backward([value], [device.fromArray([1], [])], params);
+        return keep([value, ...grads.filter((g) => g !== undefined)]);
+      });
+    const [again, held] = [run(true), run(false)];
+    for (const [i, x] of again.entries()) {
+      const values = await x.read();
+      expect(values.some((v) => v !== 0)).toBe(true);
+      expect([...new Uint32Array(values.buffer)]).toEqual([...new Uint32Array((await held[i].read()).buffer)]);
+      x.dispose();
+      held[i].dispose();
+    }
+    expect(again).toHaveLength(4);
+  });
+});
+
+describe('destinations of gradients', () => {
+  const values = (n: number, seed: number): number[] => [...randomArray64(n, seed)].map((v) => Math.round(v * 8) / 8);
+
+  it('collect the gradients of several runs, whoever adds them', async () => {
+    const made = scope(() => {
+      const x = device.fromArray(values(30, 1), [6, 5]);
+      const [w, a, b] = [
+        device.fromArray(values(35, 2), [7, 5]),
+        device.fromArray(values(10, 3), [2, 5]),
+        device.fromArray(values(14, 4), [7, 2]),
+      ];
+      const norm = device.fromArray(values(7, 5), [7]);
+      const unused = device.zeros([3]);
+      const params = [w, a, b, norm, unused];
+      const loss = (): Tensor => {
+        const y = rmsNorm(loraLinear(x, w, a, b, { scale: 2 }), norm, { eps: 1e-5 });
+        // The adapter a second time: its contributions come one after the other.
+        return sum(mul(y, linear(linear(x, a), b)));
+      };
+      const plain = valueAndGrad(loss, params);
+      const into = params.map((p) => device.fromArray(values(p.size, 6), p.shape));
+      const start = into.map((x) => scale(x, 1));
+      const { grads } = valueAndGrad(loss, params, { into });
+      valueAndGrad(loss, params, { into });
+      expect(grads.every((g, i) => g === into[i])).toBe(true);
+      return keep({ plain: [...plain.grads], start, into });
+    });
+    for (const [i, x] of made.into.entries()) {
+      const [plain, start] = [await made.plain[i].read(), await made.start[i].read()];
+      (await x.read()).forEach((v, k) => {
+        const expected = start[k] + 2 * plain[k];
+        expect(Math.abs(v - expected)).toBeLessThan(1e-5 * (1 + Math.abs(expected)));
+      });
+    }
+    for (const x of Object.values(made).flat()) x.dispose();
+  });
+
+  it('are added to by the product itself, without memory of their own', () => {
+    scope(() => {
+      const x = device.zeros([8, 64]);
+      const w = device.zeros([64, 64]);
+      const [a, b] = [device.zeros([8, 64]), device.zeros([64, 8])];
+      const into = [device.zeros([8, 64]), device.zeros([64, 8])];
+      const cost = (options: GradOptions): { dispatches: number; bytes: number } => {
+        const before = device.stats();
+        valueAndGrad(() => sum(loraLinear(x, w, a, b, { scale: 2 })), [a, b], options);
+        const after = device.stats();
+        return { dispatches: after.dispatches - before.dispatches, bytes: after.liveBytes - before.liveBytes };
+      };
+      const plain = cost({});
+      const direct = cost({ into });
+      expect(direct.dispatches).toBe(plain.dispatches);
+      expect(plain.bytes - direct.bytes).toBe(2 * 4 * 8 * 64);
+    });
+  });
+
+  it('take the seed where the value is the parameter, and must fit', async () => {
+    const [sum1, sum2] = scope(() => {
+      const x = device.fromArray([5], [1]);
+      const [one, two] = [device.fromArray([10], [1]), device.zeros([1])];
+      const result = valueAndGrad(() => x, [x], { into: [one] });
+      expect(result.grads[0]).toBe(one);
+      valueAndGrad(() => mul(x, x), [x], { into: [two] });
+      expect(() => valueAndGrad(() => x, [x], { into: [device.zeros([2])] })).toThrow(
+        'the gradient of input 0, [1], cannot be added to [2] f32',
+      );
+      expect(() => valueAndGrad(() => x, [x], { into: [device.zeros([1], 'f16')] })).toThrow(
+        'cannot be added to [1] f16',
+      );
+      return keep([one, two]);
+    });
+    expect([await sum1.item(), await sum2.item()]).toEqual([11, 10]);
+    sum1.dispose();
+    sum2.dispose();
   });
 });

@@ -26,7 +26,7 @@ export const linearOp: Op<Attrs> = defineOp<Attrs>({
     gemm(x, w, y, { transB: true });
     return { outputs: [y], saved: [needs[1] ? x : undefined, needs[0] ? w : undefined] };
   },
-  vjp: ({ dys: [dy], saved: [x, w], needs, attrs, shapes }) => {
+  vjp: ({ dys: [dy], saved: [x, w], needs, attrs, shapes, into }) => {
     if (dy === undefined) return [];
     const device = dy.device;
     let dx: Tensor | undefined;
@@ -36,8 +36,8 @@ export const linearOp: Op<Attrs> = defineOp<Attrs>({
       gemm(dy, w, dx);
     }
     if (needs[1] && x !== undefined) {
-      dw = device.empty(shapes[1], attrs.wDType);
-      gemm(dy, x, dw, { transA: true });
+      dw = into[1] ?? device.empty(shapes[1], attrs.wDType);
+      gemm(dy, x, dw, { transA: true, accumulate: into[1] !== undefined });
     }
     return [dx, dw];
   },

@@ -27,13 +27,14 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
   name: 'loraLinear',
   contract: 'x[..., D], w[O, D], a[R, D], b[O, R] -> [..., O]',
   weights: ['w', 'a', 'b'],
-  forward: ([x, w, a, b], { attrs: { scale, dropout, dtype }, shapes, needs }) => {
+  forward: ([x, w, a, b], { attrs: { scale, dropout, dtype }, shapes, needs, wanted }) => {
     const device = x.device;
-    const y = device.empty(shapes[0], dtype);
-    gemm(x, w, y, { transB: true });
+    // The scale is in xa, so that the update goes on in the sums of the base product.
     const xa = device.empty([x.rows, a.shape[0]], 'f32');
-    gemm(dropout === undefined ? x : dropped(x, dropout, 'f32'), a, xa, { transB: true });
-    gemm(xa, b, y, { transB: true, alpha: scale, accumulate: true });
+    gemm(dropout === undefined ? x : dropped(x, dropout, 'f32'), a, xa, { transB: true, alpha: scale });
+    // Under a checkpoint y may not be needed again, but xa is.
+    const y = wanted[0] ? device.empty(shapes[0], dtype) : device.placeholder(shapes[0], dtype);
+    if (wanted[0]) gemm(x, w, y, { transB: true, tail: { a: xa, b } });
     const [needX, needW, needA, needB] = needs;
     return {
       outputs: [y],
@@ -46,7 +47,7 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
       ],
     };
   },
-  vjp: ({ dys: [dy], saved: [x, w, a, b, xa], needs, attrs: { scale, dropout, dtypes }, shapes }) => {
+  vjp: ({ dys: [dy], saved: [x, w, a, b, xa], needs, attrs: { scale, dropout, dtypes }, shapes, into }) => {
     if (dy === undefined) return [];
     const device = dy.device;
     const grad = (i: number): Tensor => device.empty(shapes[i], dtypes[i]);
@@ -62,9 +63,9 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
     }
     if (needs[0] && w !== undefined && a !== undefined && g !== undefined) {
       dx = grad(0);
-      gemm(dy, w, dx);
-      if (dropout === undefined) gemm(g, a, dx, { accumulate: true });
+      if (dropout === undefined) gemm(dy, w, dx, { tail: { a: g, b: a } });
       else {
+        gemm(dy, w, dx);
         const through = device.empty(shapes[0], 'f32');
         gemm(g, a, through);
         dx = addDropped(dx, through, dropout);
@@ -75,12 +76,15 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
       gemm(dy, x, dw, { transA: true });
     }
     if (needs[2] && x !== undefined && g !== undefined) {
-      da = grad(2);
-      gemm(g, dropout === undefined ? x : dropped(x, dropout, 'f32'), da, { transA: true });
+      da = into[2] ?? grad(2);
+      gemm(g, dropout === undefined ? x : dropped(x, dropout, 'f32'), da, {
+        transA: true,
+        accumulate: into[2] !== undefined,
+      });
     }
     if (needs[3] && xa !== undefined) {
-      db = grad(3);
-      gemm(dy, xa, db, { transA: true, alpha: scale });
+      db = into[3] ?? grad(3);
+      gemm(dy, xa, db, { transA: true, accumulate: into[3] !== undefined });
     }
     return [dx, dw, da, db];
   },
