@@ -99,7 +99,6 @@ async function gradients(
       name,
       Float64Array.from(await grads[i].read(), (g) => g / scale),
     );
-    grads[i].dispose();
   }
   sums.loss.dispose();
   sums.correct.dispose();

@@ -209,6 +209,12 @@ export class Mistral extends Module implements CausalLM {
     return this.config.vocab_size;
   }
 
+  /** The weight of a head that no adapter wraps. */
+  get headWeight(): Tensor | undefined {
+    const head = this.lm_head ?? this.model.embed_tokens;
+    return head.constructor === Linear || head.constructor === Embedding ? head.weight : undefined;
+  }
+
   /** [B, T] -> final normalised hidden states [B, T, D] */
   hidden({ ids, spans }: ModelInput, { checkpointing = false, cache }: HiddenOptions = {}): Tensor {
     let x = this.model.embed_tokens.forward(ids, this.dtype);

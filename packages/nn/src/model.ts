@@ -15,6 +15,11 @@ export interface CausalLM extends Module {
   /** Storage type of activations. */
   readonly dtype: 'f32' | 'f16';
   readonly vocabSize: number;
+  /**
+   * [V, D] where `logits` is h w^T with this weight and nothing else: a loss can then do without all logits at once.
+   * Undefined where the head is anything more.
+   */
+  readonly headWeight?: Tensor | undefined;
   /** [B, T] -> final normalised hidden states [B, T, D]. With `checkpointing` the blocks save their inputs alone. */
   hidden(input: ModelInput, options?: { readonly checkpointing?: boolean }): Tensor;
   /** h: [N, D] -> logits f32 [N, V] */

@@ -62,6 +62,10 @@ export {
   type CrossEntropy,
   type CrossEntropyOptions,
   ignoredLabel,
+  linearCrossEntropy,
+  linearCrossEntropyOp,
+  type LinearCrossEntropyOptions,
+  logitsRows,
 } from './ops/cross-entropy.js';
 export { dropout, dropoutMaskReference, dropoutOp, type DropoutOptions } from './ops/dropout.js';
 export { embedding, embeddingOp, type EmbeddingOptions } from './ops/embedding.js';

@@ -1,11 +1,21 @@
 /** Completion-only language-model loss of one padded batch: only supervised rows reach the head. */
 import { checkpoint } from '@lorikeet/autograd';
-import type { CausalLM } from '@lorikeet/nn';
-import { add, crossEntropy, gatherRows, reshape, type Tensor } from '@lorikeet/tensor';
+import type { CausalLM, ModelInput } from '@lorikeet/nn';
+import {
+  add,
+  crossEntropy,
+  currentRecorder,
+  type Device,
+  gatherRows,
+  linearCrossEntropy,
+  logitsRows,
+  reshape,
+  type Tensor,
+} from '@lorikeet/tensor';
 import { type Batch, ignoreIndex } from './data.js';
 
-/** Bytes of logits that exist at a time; more rows go through the head in chunks that backward computes again. */
-const logitsBytes = 48 << 20;
+/** Supervised rows are filled up to a multiple of this, so that few shapes occur and buffers are reused. */
+const rowMultiple = 64;
 
 /** Loss and count of right predictions, both f32 scalars on the device. */
 export interface BatchLoss {
@@ -30,19 +40,28 @@ export function batchLoss(
   const targets = supervised.flatMap((of) => of.labels);
   if (rows.length === 0)
     throw new RangeError('batchLoss: no token of the batch is supervised; its loss would be 0 / 0');
-  const h = flatHidden(model, batch, options);
-  const { device } = h;
+  fillUp(rows, targets, batch.B * batch.T);
   const chunk = logitsRows(model.vocabSize);
+  const head = model.headWeight;
+  // A head that is trained runs again in backward: its gradient is collected chunk by chunk.
+  const frozen = head !== undefined && currentRecorder()?.tracks(head) !== true;
+  const pieces = frozen ? [rows.length] : sizes(rows.length, chunk);
+  const lists = [rows, targets].flatMap((list) => {
+    let from = 0;
+    return pieces.map((size) => list.slice(from, (from += size)));
+  });
+  const { input, i32 } = upload(firstDevice(model), batch, lists);
+  const h = flat(model.hidden(input, options));
+  const scale = 1 / normaliser;
+  if (frozen) return linearCrossEntropy(h, head, i32[0], i32[1], { scale, chunk });
+  const run = (x: Tensor, at: Tensor, wanted: Tensor): readonly Tensor[] => {
+    const { loss, correct } = crossEntropy(model.logits(gatherRows(x, at)), wanted, { scale });
+    return [loss, correct];
+  };
   let total: BatchLoss | undefined;
-  for (let from = 0; from < rows.length; from += chunk) {
-    const to = Math.min(rows.length, from + chunk);
-    const index = device.fromArray(rows.slice(from, to), [to - from], 'i32');
-    const labels = device.fromArray(targets.slice(from, to), [to - from], 'i32');
-    const run = (x: Tensor, at: Tensor, wanted: Tensor): readonly Tensor[] => {
-      const { loss, correct } = crossEntropy(model.logits(gatherRows(x, at)), wanted, { scale: 1 / normaliser });
-      return [loss, correct];
-    };
-    const [loss, correct] = rows.length > chunk ? checkpoint(run, h, index, labels) : run(h, index, labels);
+  for (const [i, index] of i32.slice(0, pieces.length).entries()) {
+    const labels = i32[pieces.length + i];
+    const [loss, correct] = pieces.length > 1 ? checkpoint(run, h, index, labels) : run(h, index, labels);
     total =
       total === undefined ? { loss, correct } : { loss: add(total.loss, loss), correct: add(total.correct, correct) };
   }
@@ -50,9 +69,20 @@ export function batchLoss(
   return total;
 }
 
-/** Rows of logits that are made at a time. @internal */
-export function logitsRows(vocabSize: number): number {
-  return Math.max(16, Math.floor(logitsBytes / (4 * vocabSize)));
+/** Adds unsupervised rows, each once, until their number is a multiple of `rowMultiple` or all `available` are there. */
+function fillUp(rows: number[], targets: number[], available: number): void {
+  const wanted = Math.min(available, Math.ceil(rows.length / rowMultiple) * rowMultiple);
+  const taken = new Set(rows);
+  for (let row = 0; rows.length < wanted; row++) {
+    if (taken.has(row)) continue;
+    rows.push(row);
+    targets.push(ignoreIndex);
+  }
+}
+
+/** Parts of `total` of at most `most`. */
+function sizes(total: number, most: number): number[] {
+  return Array.from({ length: Math.ceil(total / most) }, (_, i) => Math.min(most, total - i * most));
 }
 
 /** Where the supervised labels of row b are predicted (the token before each, in [0, B T)), and the labels. @internal */
@@ -68,20 +98,37 @@ export function supervisedOf({ labels, T }: Batch, b: number): { positions: numb
 }
 
 /** Hidden states of a batch, [B T, D]. @internal */
-export function flatHidden(
-  model: CausalLM,
-  { ids, spans, B, T }: Batch,
-  options: { readonly checkpointing?: boolean } = {},
-): Tensor {
-  const device = firstDevice(model);
-  const hidden = model.hidden(
-    { ids: device.fromArray(ids, [B, T], 'i32'), spans: device.fromArray(spans, [B, 2], 'i32') },
-    options,
-  );
-  return reshape(hidden, [B * T, hidden.shape[2]]);
+export function flatHidden(model: CausalLM, batch: Batch): Tensor {
+  return flat(model.hidden(upload(firstDevice(model), batch, []).input));
 }
 
-function firstDevice(model: CausalLM): Tensor['device'] {
+function flat(hidden: Tensor): Tensor {
+  const [B, T, D] = hidden.shape;
+  return reshape(hidden, [B * T, D]);
+}
+
+/** A batch on the device, and lists of integers beside it, all in one write. */
+function upload(
+  device: Device,
+  { ids, spans, B, T }: Batch,
+  lists: readonly (readonly number[])[],
+): { readonly input: ModelInput; readonly i32: Tensor[] } {
+  const parts: readonly { readonly values: ArrayLike<number>; readonly shape: readonly number[] }[] = [
+    { values: ids, shape: [B, T] },
+    { values: spans, shape: [B, 2] },
+    ...lists.map((values) => ({ values, shape: [values.length] })),
+  ];
+  // Slices begin at multiples of 256 bytes.
+  const starts = [0];
+  for (const { values } of parts) starts.push(starts[starts.length - 1] + Math.ceil(values.length / 64) * 64);
+  const all = new Int32Array(starts[parts.length]);
+  for (const [i, { values }] of parts.entries()) all.set(values, starts[i]);
+  const tensor = device.fromArray(all, [all.length], 'i32');
+  const [idsThere, spansThere, ...i32] = parts.map(({ shape }, i) => tensor.slice(4 * starts[i], shape));
+  return { input: { ids: idsThere, spans: spansThere }, i32 };
+}
+
+function firstDevice(model: CausalLM): Device {
   for (const [, p] of model.namedParameters()) return p.device;
   throw new RangeError('batchLoss: the model has no parameters');
 }

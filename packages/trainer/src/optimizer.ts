@@ -1,8 +1,9 @@
 /**
  * AdamW (Loshchilov and Hutter, 2019) with unscaling, clipping, non-finite check, dynamic loss scaling and schedule, all
- * on the device: a step reads nothing back. Parameters, gradients and moments are f32.
+ * on the device: a step waits for nothing. Parameters, gradients and moments are f32 and lie side by side in arenas, so
+ * that a step takes three dispatches, however many parameters there are.
  */
-import { defineKernel, type Device, keep, LorikeetError, type Tensor } from '@lorikeet/tensor';
+import { defineKernel, type Device, keep, LorikeetError, scope, storedBytes, type Tensor } from '@lorikeet/tensor';
 
 /** Settings of `AdamW`, named and defaulted as in transformers' TrainingArguments. */
 export interface AdamWOptions {
@@ -37,6 +38,33 @@ export interface OptimizerRecord {
   readonly lossScale: number;
   /** Successful steps before this one: the index of its learning rate. */
   readonly goodSteps: number;
+  /** What `sums` held. */
+  readonly loss: number;
+  readonly correct: number;
+}
+
+/** f32 scalars that come back with a step's record, so that one read-back serves all. */
+export interface StepSums {
+  readonly loss: Tensor;
+  readonly correct: Tensor;
+}
+
+/** Where a parameter lies: the same place holds for its gradient and its moments in the arenas beside. */
+export interface ArenaPlace {
+  readonly name: string;
+  readonly shape: readonly number[];
+  /** Index of the segment. */
+  readonly segment: number;
+  /** Start within the segment, a multiple of 256. */
+  readonly byteOffset: number;
+}
+
+/** Arenas of one layout: parameters, gradients, first and second moments, f32 [n]. */
+export interface ArenaSegment {
+  readonly p: Tensor;
+  readonly g: Tensor;
+  readonly m: Tensor;
+  readonly v: Tensor;
 }
 
 const workgroupSize = 128;
@@ -83,12 +111,25 @@ fn kernel(group: u32, lane: u32) {
 });
 
 /** Places in the state tensor. Counts are exact in f32 below 2^24. */
-const slot = { norm: 0, skipped: 1, scale: 2, goodSteps: 3, growth: 4, factor: 5, stepGoodSteps: 6 } as const;
+const slot = {
+  norm: 0,
+  skipped: 1,
+  scale: 2,
+  goodSteps: 3,
+  growth: 4,
+  factor: 5,
+  stepGoodSteps: 6,
+  loss: 7,
+  correct: 8,
+} as const;
+const stateSize = 16;
 
 const decideKernel = defineKernel({
   name: 'optimizer_decide',
   bindings: {
     partial: { access: 'read', width: 1 },
+    loss: { access: 'read', width: 1 },
+    correct: { access: 'read', width: 1 },
     state: { access: 'update', width: 1 },
     scale: { access: 'update', width: 1 },
   },
@@ -120,6 +161,8 @@ fn kernel(group: u32, lane: u32) {
     state_store(${slot.scale}u, current);
     state_store(${slot.factor}u, clip / current);
     state_store(${slot.stepGoodSteps}u, state_load(${slot.goodSteps}u));
+    state_store(${slot.loss}u, loss_load(0u));
+    state_store(${slot.correct}u, correct_load(0u));
     if (skip) {
       state_store(${slot.growth}u, 0.0);
       if (P.dynamic == 1u) { scale_store(0u, current * 0.5); }
@@ -137,7 +180,7 @@ fn kernel(group: u32, lane: u32) {
 const adamKernel = defineKernel({
   name: 'adamw',
   bindings: {
-    g: 'read',
+    g: 'update',
     state: { access: 'read', width: 1 },
     table: { access: 'read', width: 1 },
     p: 'update',
@@ -153,61 +196,101 @@ const adamKernel = defineKernel({
     one_minus_beta1: 'f32',
     one_minus_beta2: 'f32',
     epsilon: 'f32',
-    decays: 'u32',
+    decayed_quads: 'u32',
   },
   workgroupSize,
   body: `
 fn kernel(group: u32, lane: u32) {
   let i = group * WORKGROUP + lane;
-  if (i >= P.quads || state_load(${slot.skipped}u) != 0.0) { return; }
+  if (i >= P.quads) { return; }
+  let scaled = g_load4(i);
+  // The next step's gradients are added to nothing.
+  g_store4(i, vec4<f32>(0.0));
+  if (state_load(${slot.skipped}u) != 0.0) { return; }
   // Row t of the table: lr / (1 - beta1^(t+1)), 1 / sqrt(1 - beta2^(t+1)), 1 - lr * weight_decay.
   let row = min(u32(state_load(${slot.stepGoodSteps}u)), P.last) * P.pitch;
-  let grad = g_load4(i) * state_load(${slot.factor}u);
+  let grad = scaled * state_load(${slot.factor}u);
   let m1 = P.beta1 * m_load4(i) + P.one_minus_beta1 * grad;
   let v1 = P.beta2 * v_load4(i) + P.one_minus_beta2 * grad * grad;
   var p1 = p_load4(i);
-  if (P.decays == 1u) { p1 *= table_load(row + 2u); }
+  if (i < P.decayed_quads) { p1 *= table_load(row + 2u); }
   p_store4(i, p1 - table_load(row) * m1 / (sqrt(v1) * table_load(row + 1u) + P.epsilon));
   m_store4(i, m1);
   v_store4(i, v1);
 }`,
 });
 
-const accumulateKernel = defineKernel({
-  name: 'accumulate',
-  bindings: { g: 'read', sum: 'update' },
-  params: { quads: 'u32' },
-  workgroupSize,
-  body: `
-fn kernel(group: u32, lane: u32) {
-  let i = group * WORKGROUP + lane;
-  if (i < P.quads) { sum_store4(i, sum_load4(i) + g_load4(i)); }
-}`,
-});
+const normGroups = (bytes: number): number => Math.ceil(bytes / 16 / (workgroupSize * quadsPerThread));
 
-const quadsOf = (x: Tensor): number => (x.rows * x.pitch) / 4;
-
-/** Adds `g` to `sum` in place; both f32 of one shape. */
-export function accumulate(sum: Tensor, g: Tensor): void {
-  const quads = quadsOf(sum);
-  sum.device.dispatch(accumulateKernel, { g, sum }, { quads }, Math.ceil(quads / workgroupSize));
+/** Parameters that lie in one segment, those that decay first. */
+interface Layout {
+  bytes: number;
+  decayedBytes: number;
 }
 
-/** AdamW over named f32 parameters, which it changes in place. */
+const decays = (p: Tensor): boolean => p.shape.length > 1;
+
+/** Places of the parameters, by index, and the segments' sizes. */
+function layOut(
+  parameters: readonly (readonly [name: string, parameter: Tensor])[],
+  largest: number,
+): { readonly places: readonly ArenaPlace[]; readonly layouts: readonly Layout[] } {
+  const places: ArenaPlace[] = [];
+  const layouts: Layout[] = [];
+  for (const decayed of [true, false]) {
+    for (const [i, [name, p]] of parameters.entries()) {
+      if (decays(p) !== decayed) continue;
+      const bytes = Math.ceil(storedBytes(p.shape, 'f32') / 256) * 256;
+      if (bytes > largest) {
+        throw new LorikeetError(
+          `AdamW: ${name} has ${bytes} bytes, more than an arena holds on this device (${largest}); train an adapter instead`,
+        );
+      }
+      let last = layouts.at(-1);
+      if (last === undefined || last.bytes + bytes > largest) {
+        last = { bytes: 0, decayedBytes: 0 };
+        layouts.push(last);
+      }
+      places[i] = { name, shape: p.shape, segment: layouts.length - 1, byteOffset: last.bytes };
+      last.bytes += bytes;
+      if (decayed) last.decayedBytes = last.bytes;
+    }
+  }
+  return { places, layouts };
+}
+
+/** AdamW over named f32 parameters, which it moves into its arenas and changes in place. */
 export class AdamW {
   readonly parameters: readonly (readonly [name: string, parameter: Tensor])[];
+  /**
+   * Gradient of each parameter, in their order: parts of the arenas, zero after each step. Whoever computes gradients adds
+   * them here. They are the optimizer's to free.
+   */
+  readonly gradients: readonly Tensor[];
+  /** Where each parameter lies in `segments`, in their order. */
+  readonly places: readonly ArenaPlace[];
+  readonly segments: readonly ArenaSegment[];
   /** f32 scalar on the device: the factor that the loss must have. */
   readonly scale: Tensor;
   readonly #device: Device;
   readonly #options: AdamWOptions;
-  readonly #moments: readonly { readonly m: Tensor; readonly v: Tensor }[];
+  readonly #layouts: readonly Layout[];
   readonly #state: Tensor;
   readonly #table: Tensor;
   readonly #partial: Tensor;
-  readonly #groups: readonly number[];
+  /** Stands for sums that were not given. */
+  readonly #nothing: Tensor;
 
-  /** @throws LorikeetError when there is no parameter, one is not f32, or there are no steps */
-  constructor(parameters: Iterable<readonly [name: string, parameter: Tensor]>, options: AdamWOptions) {
+  /**
+   * @param largest bytes of the largest arena; what the device binds at once when left out
+   * @throws LorikeetError when there is no parameter, one is not f32 or larger than the device binds, or there are no
+   * steps
+   */
+  constructor(
+    parameters: Iterable<readonly [name: string, parameter: Tensor]>,
+    options: AdamWOptions,
+    largest: number = Infinity,
+  ) {
     this.parameters = [...parameters];
     const rates = options.learningRates;
     if (this.parameters.length === 0)
@@ -221,15 +304,13 @@ export class AdamW {
       }
     }
     this.#options = options;
-    this.#device = this.parameters[0][1].device;
-    const zeros = (p: Tensor): Tensor => keep(this.#device.zeros(p.shape));
-    this.#moments = this.parameters.map(([, p]) => ({ m: zeros(p), v: zeros(p) }));
-    this.#groups = this.parameters.map(([, p]) => Math.ceil(quadsOf(p) / (workgroupSize * quadsPerThread)));
-    this.#partial = keep(this.#device.zeros([2 * this.#groups.reduce((a, b) => a + b, 0)]));
-    this.#state = keep(this.#device.zeros([8]));
-    this.scale = keep(
-      this.#device.fromArray([options.lossScale === undefined ? 1 : (options.lossScale.init ?? 65536)], []),
-    );
+    const { device } = this.parameters[0][1];
+    this.#device = device;
+    const { maxStorageBufferBindingSize, maxBufferSize } = device.limits;
+    const bound = Math.floor(Math.min(maxStorageBufferBindingSize, maxBufferSize, largest) / 256) * 256;
+    const { places, layouts } = layOut(this.parameters, bound);
+    this.places = places;
+    this.#layouts = layouts;
     const { adam_beta1: b1 = 0.9, adam_beta2: b2 = 0.999, weight_decay = 0 } = options;
     // Computed in float64 here: powers of beta would lose digits on the device.
     const rows = Array.from(rates, (lr, t) => [
@@ -237,14 +318,55 @@ export class AdamW {
       1 / Math.sqrt(1 - b2 ** (t + 1)),
       1 - lr * weight_decay,
     ]);
-    this.#table = keep(this.#device.fromArray(rows.flat(), [rates.length, 3]));
+    const made = scope(() => {
+      // Not `zeros`: an arena takes its own size and no size class.
+      const zeros = (bytes: number): Tensor => {
+        const arena = device.emptyWeight([bytes / 4], 'f32').tag('optimizer');
+        device.clear(arena);
+        return arena;
+      };
+      const segments = layouts.map(({ bytes }) => ({
+        p: zeros(bytes),
+        g: zeros(bytes),
+        m: zeros(bytes),
+        v: zeros(bytes),
+      }));
+      return keep({
+        segments,
+        gradients: places.map(({ segment, byteOffset, shape }) => segments[segment].g.slice(byteOffset, shape)),
+        partial: device.zeros([2 * layouts.reduce((sum, { bytes }) => sum + normGroups(bytes), 0)]),
+        state: device.zeros([stateSize]),
+        nothing: device.zeros([]),
+        scale: device.fromArray([options.lossScale === undefined ? 1 : (options.lossScale.init ?? 65536)], []),
+        table: device.fromArray(rows.flat(), [rates.length, 3]),
+      });
+    });
+    this.segments = made.segments;
+    this.gradients = made.gradients;
+    this.#partial = made.partial;
+    this.#state = made.state;
+    this.#nothing = made.nothing;
+    this.scale = made.scale;
+    this.#table = made.table;
+    scope(() => {
+      for (const [i, [, p]] of this.parameters.entries()) {
+        const { segment, byteOffset, shape } = places[i];
+        const arena = this.segments[segment].p.tag(p.storage.part);
+        p.moveInto(arena.slice(byteOffset, shape));
+      }
+    });
+  }
+
+  /** Sets the gradients to zero, as a step leaves them. */
+  clearGradients(): void {
+    for (const { g } of this.segments) this.#device.clear(g);
   }
 
   /**
-   * One step with gradients that carry the loss scale, in the order of the parameters.
+   * One step with what is in `gradients`, which carries the loss scale.
    * @returns a promise of what happened; the device is not waited for unless it is awaited
    */
-  step(grads: readonly Tensor[]): Promise<OptimizerRecord> {
+  step(sums?: StepSums): Promise<OptimizerRecord> {
     const {
       adam_beta1: b1 = 0.9,
       adam_beta2: b2 = 0.999,
@@ -255,18 +377,25 @@ export class AdamW {
     const device = this.#device;
     const before = device.beginOp('AdamW');
     let first = 0;
-    grads.forEach((g, i) => {
+    this.segments.forEach(({ g }, i) => {
+      const { bytes } = this.#layouts[i];
       device.dispatch(
         normKernel,
         { g, scale: this.scale, partial: this.#partial },
-        { quads: quadsOf(g), first },
-        this.#groups[i],
+        { quads: bytes / 16, first },
+        normGroups(bytes),
       );
-      first += this.#groups[i];
+      first += normGroups(bytes);
     });
     device.dispatch(
       decideKernel,
-      { partial: this.#partial, state: this.#state, scale: this.scale },
+      {
+        partial: this.#partial,
+        loss: sums?.loss ?? this.#nothing,
+        correct: sums?.correct ?? this.#nothing,
+        state: this.#state,
+        scale: this.scale,
+      },
       {
         count: first,
         max_norm: max_grad_norm,
@@ -275,13 +404,13 @@ export class AdamW {
       },
       1,
     );
-    this.parameters.forEach(([, p], i) => {
-      const quads = quadsOf(p);
+    this.segments.forEach(({ p, g, m, v }, i) => {
+      const { bytes, decayedBytes } = this.#layouts[i];
       device.dispatch(
         adamKernel,
-        { g: grads[i], state: this.#state, table: this.#table, p, m: this.#moments[i].m, v: this.#moments[i].v },
+        { g, state: this.#state, table: this.#table, p, m, v },
         {
-          quads,
+          quads: bytes / 16,
           last: this.#table.rows - 1,
           pitch: this.#table.pitch,
           beta1: b1,
@@ -289,9 +418,9 @@ export class AdamW {
           one_minus_beta1: 1 - b1,
           one_minus_beta2: 1 - b2,
           epsilon: adam_epsilon,
-          decays: p.shape.length > 1 ? 1 : 0,
+          decayed_quads: decayedBytes / 16,
         },
-        Math.ceil(quads / workgroupSize),
+        Math.ceil(bytes / 16 / workgroupSize),
       );
     });
     device.beginOp(before);
@@ -300,23 +429,23 @@ export class AdamW {
       skipped: s[slot.skipped] !== 0,
       lossScale: s[slot.scale],
       goodSteps: s[slot.stepGoodSteps],
+      loss: s[slot.loss],
+      correct: s[slot.correct],
     }));
   }
 
-  /** Bytes of moments and state on the device. */
+  /** Bytes of gradients, moments and state on the device; the parameters not counted. */
   get bytes(): number {
-    return this.#moments.reduce(
-      (sum, { m, v }) => sum + m.bytes + v.bytes,
-      this.#state.bytes + this.#table.bytes + this.#partial.bytes + this.scale.bytes,
+    return this.segments.reduce(
+      (sum, { g, m, v }) => sum + g.bytes + m.bytes + v.bytes,
+      this.#state.bytes + this.#table.bytes + this.#partial.bytes + this.scale.bytes + this.#nothing.bytes,
     );
   }
 
-  /** Frees moments and state; the parameters stay. */
+  /** Frees gradients, moments and state; the parameters stay where they are. */
   dispose(): void {
-    for (const x of [this.#state, this.#table, this.#partial, this.scale]) x.dispose();
-    for (const { m, v } of this.#moments) {
-      m.dispose();
-      v.dispose();
-    }
+    for (const x of [this.#state, this.#table, this.#partial, this.#nothing, this.scale, ...this.gradients])
+      x.dispose();
+    for (const { p, g, m, v } of this.segments) for (const x of [p, g, m, v]) x.dispose();
   }
 }

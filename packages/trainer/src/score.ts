@@ -1,6 +1,6 @@
 /** How probable a model finds given completions: constrained answers are chosen by it, and it has nothing random. */
 import type { CausalLM } from '@lorikeet/nn';
-import { crossEntropy, gatherRows, keep, scope, type Tensor } from '@lorikeet/tensor';
+import { crossEntropy, gatherRows, keep, logitsRows, scope, type Tensor } from '@lorikeet/tensor';
 import {
   type Batch,
   checkExamples,
@@ -10,7 +10,7 @@ import {
   longestFirst,
   type TokenizedExample,
 } from './data.js';
-import { flatHidden, logitsRows, supervisedOf } from './loss.js';
+import { flatHidden, supervisedOf } from './loss.js';
 
 /** Options of `scoreCompletions`. */
 export interface ScoreOptions {

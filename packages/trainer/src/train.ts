@@ -1,7 +1,7 @@
 /** The training loop: an async generator that the caller drives. Blind to the model's architecture and to the adapter. */
 import { valueAndGrad } from '@lorikeet/autograd';
 import { type CausalLM, withTraining } from '@lorikeet/nn';
-import { keep, LorikeetError, scope, type Tensor } from '@lorikeet/tensor';
+import { addInto, keep, LorikeetError, scope, type Tensor } from '@lorikeet/tensor';
 import { stepCount, totalSteps, type TrainingArguments, validateTrainingArguments } from './arguments.js';
 import {
   type Batch,
@@ -14,7 +14,7 @@ import {
   type TokenizedExample,
 } from './data.js';
 import { batchLoss } from './loss.js';
-import { accumulate, AdamW, type AdamWOptions, type LossScaleOptions, type OptimizerRecord } from './optimizer.js';
+import { AdamW, type AdamWOptions, type LossScaleOptions, type OptimizerRecord, type StepSums } from './optimizer.js';
 import { scheduleTable } from './schedule.js';
 
 /** What `train` takes. */
@@ -98,9 +98,13 @@ const realTokens = ({ spans }: Batch): number => spans.reduce((sum, at, i) => su
 
 /** What a step of a `Stepper` gives when the device has done it. */
 export interface WindowRecord extends OptimizerRecord {
-  readonly loss: number;
   readonly tokenAccuracy: number;
   readonly supervisedTokens: number;
+}
+
+function disposeSums(sums: StepSums | undefined): void {
+  sums?.loss.dispose();
+  sums?.correct.dispose();
 }
 
 /** Runs optimizer steps over windows of micro-batches; the part of `train` without data order, schedule and records. */
@@ -111,6 +115,8 @@ export class Stepper {
   readonly #checkpointing: boolean;
   readonly #seed: number;
   #microStep = 0;
+  /** True from the first gradient of a window until the step that takes them. */
+  #collected = false;
 
   constructor(
     model: CausalLM,
@@ -125,19 +131,21 @@ export class Stepper {
   }
 
   /**
-   * Gradients of a window: of the sum of token losses over its supervised tokens, times the loss scale. Everything
-   * belongs to the caller.
+   * Gradients of a window: of the sum of token losses over its supervised tokens, times the loss scale. They are the
+   * optimizer's, and are there until the next step or window; the sums belong to the caller.
    */
   gradients(window: readonly Batch[]): {
-    readonly grads: Tensor[];
-    readonly sums: { loss: Tensor; correct: Tensor };
+    readonly grads: readonly Tensor[];
+    readonly sums: StepSums;
     readonly supervisedTokens: number;
   } {
     const supervisedTokens = window.reduce((sum, batch) => sum + batch.supervised, 0);
     if (supervisedTokens === 0)
       throw new LorikeetError('no token of an optimizer step is supervised; its loss would be 0 / 0');
-    let grads: Tensor[] = [];
-    let sums: { loss: Tensor; correct: Tensor } | undefined;
+    const { gradients, scale } = this.optimizer;
+    if (this.#collected) this.optimizer.clearGradients();
+    this.#collected = true;
+    let sums: StepSums | undefined;
     const add = (batch: Batch): void => {
       const run = valueAndGrad(
         () => {
@@ -147,16 +155,13 @@ export class Stepper {
           return [loss, correct];
         },
         this.#parameters,
-        { seed: this.optimizer.scale },
+        { seed: scale, into: gradients },
       );
       const [correct] = run.aux;
-      if (sums === undefined) {
-        sums = keep({ loss: run.value, correct });
-        grads = keep([...run.grads]);
-      } else {
-        accumulate(sums.loss, run.value);
-        accumulate(sums.correct, correct);
-        run.grads.forEach((g, i) => accumulate(grads[i], g));
+      if (sums === undefined) sums = keep({ loss: run.value, correct });
+      else {
+        addInto(sums.loss, run.value);
+        addInto(sums.correct, correct);
       }
     };
     try {
@@ -166,26 +171,26 @@ export class Stepper {
         if (batch.supervised > 0) withTraining({ seed: this.#seed, step }, () => scope(() => add(batch)));
       }
     } catch (error) {
-      for (const x of [...grads, ...Object.values<Tensor>(sums ?? {})]) x.dispose();
+      disposeSums(sums);
       throw error;
     }
     if (sums === undefined) throw new LorikeetError('the window has no batch');
-    return { grads, sums, supervisedTokens };
+    return { grads: gradients, sums, supervisedTokens };
   }
 
   /** One optimizer step. The promise settles when the device has done it; the host need not wait. */
   step(window: readonly Batch[]): Promise<WindowRecord> {
-    const { grads, sums, supervisedTokens } = this.gradients(window);
-    let read: Promise<[OptimizerRecord, number, number]>;
+    const { sums, supervisedTokens } = this.gradients(window);
+    let done: Promise<OptimizerRecord>;
     try {
-      read = Promise.all([this.optimizer.step(grads), sums.loss.item(), sums.correct.item()]);
+      done = this.optimizer.step(sums);
+      this.#collected = false;
     } finally {
-      for (const x of [...grads, sums.loss, sums.correct]) x.dispose();
+      disposeSums(sums);
     }
-    return read.then(([record, loss, correct]) => ({
+    return done.then((record) => ({
       ...record,
-      loss,
-      tokenAccuracy: correct / supervisedTokens,
+      tokenAccuracy: record.correct / supervisedTokens,
       supervisedTokens,
     }));
   }

@@ -1,4 +1,4 @@
-import { keep } from '@lorikeet/tensor';
+import { addInto, keep, scope } from '@lorikeet/tensor';
 import { randomArray64, relativeError, testDevice } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import { AdamW, type AdamWOptions } from '../src/optimizer.js';
@@ -41,20 +41,29 @@ function reference(options: Omit<AdamWOptions, 'learningRates'>): Float64Array {
   return Float64Array.from(ps.flatMap((p) => [...p]));
 }
 
-async function run(options: Omit<AdamWOptions, 'learningRates'>): Promise<number[]> {
+async function run(
+  options: Omit<AdamWOptions, 'learningRates'>,
+  { segments = 1, largest = Infinity } = {},
+): Promise<number[]> {
+  const before = device.stats().liveBytes;
   const parameters = Object.entries(shapes).map(
     ([name, shape], i) => [name, keep(device.fromArray(start[i], shape))] as const,
   );
-  const optimizer = new AdamW(parameters, { learningRates, ...options });
+  const optimizer = new AdamW(parameters, { learningRates, ...options }, largest);
+  expect(optimizer.segments.length).toBe(segments);
   for (const step of grads) {
-    const tensors = step.map((g, i) => device.fromArray(g, parameters[i][1].shape));
-    const { gradNorm } = await optimizer.step(tensors);
+    scope(() => step.forEach((g, i) => addInto(optimizer.gradients[i], device.fromArray(g, parameters[i][1].shape))));
+    const { dispatches } = device.stats();
+    const { gradNorm } = await optimizer.step();
+    expect(device.stats().dispatches - dispatches).toBe(1 + 2 * segments);
     expect(gradNorm / Math.hypot(...step.flatMap((g) => [...g]))).toBeCloseTo(1, 5);
-    for (const x of tensors) x.dispose();
+    for (const g of optimizer.gradients) expect((await g.read()).every((value) => value === 0)).toBe(true);
   }
+  // The parameters outlive the optimizer that moved them.
+  optimizer.dispose();
   const out = (await Promise.all(parameters.map(async ([, p]) => Array.from(await p.read())))).flat();
   for (const [, p] of parameters) p.dispose();
-  optimizer.dispose();
+  expect(device.stats().liveBytes).toBe(before);
   return out;
 }
 
@@ -72,12 +81,35 @@ it('AdamW: clipping, decay of matrices only, epsilon and betas as in float64, an
   expect(relativeError(await run(unclipped), reference(unclipped))).toBeLessThanOrEqual(1e-6);
 });
 
+it('AdamW: the same values in arenas so small that each holds one parameter', async () => {
+  const options = { max_grad_norm: 0.5, weight_decay: 0.3 };
+  const split = await run(options, { segments: 2, largest: 256 });
+  expect(relativeError(split, reference(options))).toBeLessThanOrEqual(1e-6);
+});
+
+it('AdamW: decayed parameters come first, each at a multiple of 256 bytes', () => {
+  const named = [
+    ['norm', keep(device.zeros([7]))],
+    ['a', keep(device.zeros([5, 6]).tag('adapters'))],
+    ['b', keep(device.zeros([3, 9]).tag('adapters'))],
+  ] as const;
+  const optimizer = new AdamW(named, { learningRates });
+  expect(optimizer.places).toEqual([
+    { name: 'norm', shape: [7], segment: 0, byteOffset: 512 },
+    { name: 'a', shape: [5, 6], segment: 0, byteOffset: 0 },
+    { name: 'b', shape: [3, 9], segment: 0, byteOffset: 256 },
+  ]);
+  optimizer.dispose();
+  for (const [, p] of named) p.dispose();
+});
+
 it('AdamW says what it cannot train', () => {
   const half = keep(device.zeros([2], 'f16'));
   expect(() => new AdamW([['a.weight', half]], { learningRates })).toThrow('a.weight is f16');
   expect(() => new AdamW([], { learningRates })).toThrow('there is no trainable parameter');
   const wide = keep(device.zeros([2]));
   expect(() => new AdamW([['a', wide]], { learningRates: [] })).toThrow('learningRates is empty');
+  expect(() => new AdamW([['a', wide]], { learningRates }, 128)).toThrow('a has 256 bytes, more than an arena holds');
   half.dispose();
   wide.dispose();
 });

@@ -1,7 +1,7 @@
+import { logitsRows } from '@lorikeet/tensor';
 import { testDevice } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import { collate, ignoreIndex, type TokenizedExample } from '../src/data.js';
-import { logitsRows } from '../src/loss.js';
 import { scoreCompletions } from '../src/score.js';
 import { logProbs64, tinyLM, weights64 } from './tiny-lm.js';
 

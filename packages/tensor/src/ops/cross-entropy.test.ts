@@ -9,8 +9,18 @@ import {
 } from '@lorikeet/testing';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { planDevice } from '../device.js';
 import { keep, scope } from '../scope.js';
-import { crossEntropy, crossEntropyOp, ignoredLabel } from './cross-entropy.js';
+import type { Tensor } from '../tensor.js';
+import {
+  crossEntropy,
+  crossEntropyOp,
+  ignoredLabel,
+  linearCrossEntropy,
+  linearCrossEntropyOp,
+} from './cross-entropy.js';
+import { gatherRows } from './gather-rows.js';
+import { linear } from './linear.js';
 
 const device = await testDevice();
 
@@ -55,6 +65,102 @@ it('crossEntropy: values and gradients', () =>
     },
     reference: ([logits, labels], scale) => crossEntropy64(logits, labels, scale),
   }));
+
+/** The logits of the rows that `index` names. */
+function logits64(x: Array64, w: Array64, index: Array64): Array64 {
+  const [V, D] = w.shape;
+  const out = new Float64Array(index.data.length * V);
+  index.data.forEach((row, n) => {
+    for (let v = 0; v < V; v++) for (let d = 0; d < D; d++) out[n * V + v] += x.data[row * D + d] * w.data[v * D + d];
+  });
+  return array64([index.data.length, V], out);
+}
+
+it('linearCrossEntropy: values and gradients, in several chunks', () =>
+  checkOp(device, {
+    op: linearCrossEntropyOp,
+    runs: 5,
+    sizes: fc
+      .record({ M: fc.integer({ min: 1, max: 40 }), V: fc.integer({ min: 1, max: 70 }), less: fc.nat(6) })
+      .map(({ M, V, less }) => ({ M, V, N: Math.max(1, M - less) })),
+    integers: {
+      index: ({ sizes: { M, N } }) =>
+        fc.shuffledSubarray(
+          Array.from({ length: M }, (_, i) => i),
+          { minLength: N, maxLength: N },
+        ),
+      labels: ({ sizes: { N, V } }) =>
+        fc.array(
+          fc.oneof({ arbitrary: fc.nat(V - 1), weight: 4 }, { arbitrary: fc.constant(ignoredLabel), weight: 1 }),
+          {
+            minLength: N,
+            maxLength: N,
+          },
+        ),
+    },
+    attrs: () => fc.constantFrom({ scale: 1, chunk: 8 }, { scale: 1 / 3, chunk: 16 }, { scale: 0.125, chunk: 100 }),
+    differentiable: [true, false],
+    tolerance: { f32: { value: 5e-6 }, f16: { value: 5e-6 } },
+    run: ([x, w, index, labels], attrs) => {
+      const { loss, correct } = linearCrossEntropy(x, w, index, labels, attrs);
+      return [loss, correct];
+    },
+    reference: ([x, w, index, labels], { scale }) => crossEntropy64(logits64(x, w, index), labels, scale),
+  }));
+
+describe('linearCrossEntropy', () => {
+  const [M, D, V] = [50, 24, 300];
+  const index = Array.from({ length: 40 }, (_, i) => M - 1 - i);
+  const labels = index.map((i) => (i % 5 === 0 ? ignoredLabel : (7 * i) % V));
+
+  it('has the loss of crossEntropy over linear to the bit, whatever the chunks, and its gradient', async () => {
+    const [a, b, c] = scope(() => {
+      const x = device.fromArray(randomArray64(M * D, 1), [M, D]);
+      const w = device.fromArray(randomArray64(V * D, 2), [V, D]);
+      const at = device.fromArray(index, [index.length], 'i32');
+      const wanted = device.fromArray(labels, [labels.length], 'i32');
+      const run = (chunk: number): { value: Tensor; grads: readonly Tensor[] } =>
+        valueAndGrad(() => linearCrossEntropy(x, w, at, wanted, { chunk, scale: 0.5 }).loss, [x]);
+      const apart = valueAndGrad(() => crossEntropy(linear(gatherRows(x, at), w), wanted, { scale: 0.5 }).loss, [x]);
+      return keep([run(8), run(64), apart].map(({ value, grads }) => [value, grads[0]]));
+    });
+    const [eight, whole, apart] = await Promise.all([a, b, c].map((xs) => Promise.all(xs.map((x) => x.read()))));
+    expect(eight).toEqual(whole);
+    expect(eight[0]).toEqual(apart[0]);
+    expect(relativeError(eight[1], apart[1])).toBeLessThan(1e-6);
+    for (const x of [a, b, c].flat()) x.dispose();
+  });
+
+  it('makes loss and gradient NaN for a label that is no column', async () => {
+    const [loss, grad] = scope(() => {
+      const x = device.fromArray([1, 2], [2, 1]);
+      const w = device.fromArray([1, 2, 3], [3, 1]);
+      const ones = [
+        [0, 1],
+        [1, 3],
+      ].map((values) => device.fromArray(values, [2], 'i32'));
+      const { value, grads } = valueAndGrad(() => linearCrossEntropy(x, w, ones[0], ones[1]).loss, [x]);
+      return keep([value, grads[0]]);
+    });
+    expect(await loss.item()).toBeNaN();
+    expect((await grad.read())[1]).toBeNaN();
+    for (const x of [loss, grad]) x.dispose();
+  });
+
+  it('holds one chunk of logits at a time, and computes each of the two products once', () => {
+    const plan = planDevice();
+    scope(() => {
+      const x = plan.empty([512, 64], 'f16');
+      const w = plan.empty([4096, 64], 'f16');
+      const at = plan.empty([512], 'i32');
+      plan.resetPeak();
+      const [before, { flops }] = [plan.stats().liveBytes, plan.stats()];
+      valueAndGrad(() => linearCrossEntropy(x, w, at, at, { chunk: 64 }).loss, [x]);
+      expect(plan.stats().flops - flops).toBe(2 * 2 * 512 * 4096 * 64);
+      expect(plan.stats().peakBytes - before).toBeLessThan(2 * 64 * 4096 * 4);
+    });
+  });
+});
 
 describe('crossEntropy', () => {
   const evaluate = async (

@@ -1,7 +1,10 @@
-/** Cross-entropy of logits against labels, summed over the supervised rows. */
-import { defineKernel } from '../kernel.js';
+/** Cross-entropy of logits against labels, summed over the supervised rows; and of a linear head's, never all there at once. */
+import type { DType } from '../dtype.js';
+import { defineKernel, type Kernel } from '../kernel.js';
 import { defineOp, type Op } from '../op.js';
 import type { Tensor } from '../tensor.js';
+import { gemm } from '../wgsl/gemm.js';
+import { gathered } from './gather-rows.js';
 
 /** Label of rows that do not count, as Hugging Face has it. */
 export const ignoredLabel = -100;
@@ -11,26 +14,34 @@ const workgroupSize = 64;
 // A row of statistics is 8 f32: the maximum m; the sum of exp(z - m); that sum without the label's column, so that the
 // label's gradient p - 1 = -rest / sum has no cancellation; 0; the loss; 1 when the maximum is the label's; 0; 0.
 // A label that is neither -100 nor a column makes the loss NaN, since a kernel cannot throw.
-const statisticsKernel = defineKernel({
-  name: 'cross_entropy',
-  bindings: { z: 'read', labels: 'read', stats: 'write' },
-  params: { row_quads: 'u32', columns: 'u32', nan_bits: 'u32' },
-  workgroupSize,
-  body: `
+/** A workgroup takes a row. With `gradient` it goes over the row again and leaves p - [label] in the logits' place. */
+function statisticsKernel(name: string, gradient: boolean): Kernel {
+  const fill = (value: string): string =>
+    gradient
+      ? `for (var q = lane; q < P.row_quads; q += WORKGROUP) { z_store4(at + q, mask4(vec4<f32>(${value}), q * 4u, P.columns)); }`
+      : '';
+  return defineKernel({
+    name,
+    bindings: { z: gradient ? 'update' : 'read', labels: 'read', stats: 'write' },
+    params: { row_quads: 'u32', columns: 'u32', nan_bits: 'u32', first: 'u32' },
+    workgroupSize,
+    body: `
 const LOWEST: f32 = -3.4028234e38;
 var<workgroup> tops: array<f32, WORKGROUP>;
 var<workgroup> places: array<u32, WORKGROUP>;
 var<workgroup> rests: array<f32, WORKGROUP>;
 fn kernel(group: u32, lane: u32) {
-  let label = labels_load(group);
+  let at = group * P.row_quads;
+  let label = labels_load(P.first + group);
   if (label < 0 || label >= i32(P.columns)) {
+    let none = select(bitcast<f32>(P.nan_bits), 0.0, label == ${ignoredLabel});
     if (lane == 0u) {
       stats_store4(2u * group, vec4<f32>(0.0));
-      stats_store4(2u * group + 1u, vec4<f32>(select(bitcast<f32>(P.nan_bits), 0.0, label == ${ignoredLabel}), 0.0, 0.0, 0.0));
+      stats_store4(2u * group + 1u, vec4<f32>(none, 0.0, 0.0, 0.0));
     }
+    ${fill('none')}
     return;
   }
-  let at = group * P.row_quads;
   let target_column = vec4<u32>(u32(label));
   var top = LOWEST;
   var place = 0u;
@@ -67,9 +78,28 @@ fn kernel(group: u32, lane: u32) {
     let s = rests[0] + exp(z_label - m);
     stats_store4(2u * group, vec4<f32>(m, s, rests[0], 0.0));
     stats_store4(2u * group + 1u, vec4<f32>((m - z_label) + log(s), select(0.0, 1.0, places[0] == u32(label)), 0.0, 0.0));
+    ${gradient ? 'tops[1] = s;' : ''}
+  }
+  ${
+    gradient
+      ? `storageBarrier();
+  workgroupBarrier();
+  let m = tops[0];
+  let s = tops[1];
+  let at_label = vec4<f32>(-rests[0] / s);
+  for (var q = lane; q < P.row_quads; q += WORKGROUP) {
+    let column = vec4<u32>(q * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+    let p = select(exp(z_load4(at + q) - m) / s, at_label, column == target_column);
+    z_store4(at + q, mask4(p, q * 4u, P.columns));
+  }`
+      : ''
   }
 }`,
-});
+  });
+}
+
+const lossKernel = statisticsKernel('cross_entropy', false);
+const lossAndGradientKernel = statisticsKernel('cross_entropy_gradient', true);
 
 const totalKernel = defineKernel({
   name: 'cross_entropy_total',
@@ -118,6 +148,21 @@ fn kernel(group: u32, lane: u32) {
 }`,
 });
 
+/** Statistics of the rows of z, whose labels begin at `first`. */
+function statistics(kernel: Kernel, z: Tensor, labels: Tensor, stats: Tensor, first: number): void {
+  const params = { row_quads: z.pitch / 4, columns: z.columns, nan_bits: 0x7fc00000, first };
+  z.device.dispatch(kernel, { z, labels, stats }, params, z.rows);
+}
+
+/** Loss and number of right predictions. */
+function totals(stats: Tensor, scale: number): Tensor[] {
+  const { device, rows } = stats;
+  const loss = device.empty([], 'f32');
+  const correct = device.empty([], 'f32');
+  device.dispatch(totalKernel, { stats, loss, correct }, { rows, scale }, 1);
+  return [loss, correct];
+}
+
 /** @internal */
 export const crossEntropyOp: Op<{ scale: number }> = defineOp<{ scale: number }>({
   name: 'crossEntropy',
@@ -127,16 +172,8 @@ export const crossEntropyOp: Op<{ scale: number }> = defineOp<{ scale: number }>
     const device = z.device;
     const rows = z.rows;
     const stats = device.empty([rows, 8], 'f32');
-    device.dispatch(
-      statisticsKernel,
-      { z, labels, stats },
-      { row_quads: z.pitch / 4, columns: z.columns, nan_bits: 0x7fc00000 },
-      rows,
-    );
-    const loss = device.empty([], 'f32');
-    const correct = device.empty([], 'f32');
-    device.dispatch(totalKernel, { stats, loss, correct }, { rows, scale }, 1);
-    return { outputs: [loss, correct], saved: [z, labels, stats] };
+    statistics(lossKernel, z, labels, stats, 0);
+    return { outputs: totals(stats, scale), saved: [z, labels, stats] };
   },
   vjp: ({ dys: [dy], saved: [z, labels, stats], attrs: { scale } }) => {
     // Undefined: nothing but the count of correct rows was used, and that is a step function.
@@ -173,4 +210,119 @@ export interface CrossEntropy {
 export function crossEntropy(logits: Tensor, labels: Tensor, options: CrossEntropyOptions = {}): CrossEntropy {
   const [loss, correct] = crossEntropyOp.run([logits, labels], { scale: options.scale ?? 1 });
   return { loss, correct };
+}
+
+const scatterKernel = defineKernel({
+  name: 'linear_cross_entropy_dx',
+  bindings: { dh: 'read', index: 'read', dy: 'read', out: 'write' },
+  params: { quads: 'u32', row_quads: 'u32', rows: 'u32', scale: 'f32' },
+  workgroupSize,
+  body: `
+fn kernel(group: u32, lane: u32) {
+  let i = group * WORKGROUP + lane;
+  if (i >= P.quads) { return; }
+  let row = u32(clamp(index_load(i / P.row_quads), 0, i32(P.rows) - 1));
+  out_store4(row * P.row_quads + i % P.row_quads, dy_load(0u) * P.scale * dh_load4(i));
+}`,
+});
+
+const scaleKernel = defineKernel({
+  name: 'linear_cross_entropy_dw',
+  bindings: { x: 'read', dy: 'read', out: 'write' },
+  params: { quads: 'u32', scale: 'f32' },
+  workgroupSize,
+  body: `
+fn kernel(group: u32, lane: u32) {
+  let i = group * WORKGROUP + lane;
+  if (i < P.quads) { out_store4(i, dy_load(0u) * P.scale * x_load4(i)); }
+}`,
+});
+
+interface LinearAttrs {
+  readonly scale: number;
+  readonly chunk: number;
+  readonly dtypes: readonly DType[];
+}
+
+/** @internal */
+export const linearCrossEntropyOp: Op<LinearAttrs> = defineOp<LinearAttrs>({
+  name: 'linearCrossEntropy',
+  contract: 'x[M, D], w[V, D], index[N], labels[N] -> [], []',
+  weights: ['w'],
+  integers: ['index', 'labels'],
+  forward: ([x, w, index, labels], { attrs: { scale, chunk }, needs: [needsX, needsW] }) => {
+    const { device } = x;
+    const rows = index.size;
+    const stats = device.empty([rows, 8], 'f32');
+    // Without the factors of the loss, which come in backward: so f32 holds what f16 would lose.
+    const dh = needsX ? device.empty([rows, x.columns], 'f32') : undefined;
+    const dw = needsW ? device.empty(w.shape, 'f32') : undefined;
+    for (let from = 0; from < rows; from += chunk) {
+      const count = Math.min(chunk, rows - from);
+      const part = (of: Tensor): Tensor => of.slice(from * of.pitch * 4, [count, of.columns]);
+      const h = gathered(x, index, from, count);
+      const z = device.empty([count, w.shape[0]], 'f32');
+      gemm(h, w, z, { transB: true });
+      statistics(needsX || needsW ? lossAndGradientKernel : lossKernel, z, labels, part(stats), from);
+      if (dh !== undefined) gemm(z, w, part(dh));
+      if (dw !== undefined) gemm(z, h, dw, { transA: true, accumulate: from > 0 });
+      // At once: the next chunk takes the same buffers.
+      z.dispose();
+      h.dispose();
+    }
+    return { outputs: totals(stats, scale), saved: [index, dh, dw] };
+  },
+  vjp: ({ dys: [dy], saved: [index, dh, dw], attrs: { scale, dtypes }, shapes }) => {
+    if (dy === undefined || index === undefined) return [];
+    const { device } = dy;
+    let dx: Tensor | undefined;
+    let scaled: Tensor | undefined;
+    if (dh !== undefined) {
+      dx = device.zeros(shapes[0], dtypes[0]);
+      const quads = (dh.rows * dh.pitch) / 4;
+      const params = { quads, row_quads: dh.pitch / 4, rows: dx.rows, scale };
+      device.dispatch(scatterKernel, { dh, index, dy, out: dx }, params, Math.ceil(quads / workgroupSize));
+    }
+    if (dw !== undefined) {
+      scaled = device.empty(shapes[1], dtypes[1]);
+      const quads = (dw.rows * dw.pitch) / 4;
+      device.dispatch(scaleKernel, { x: dw, dy, out: scaled }, { quads, scale }, Math.ceil(quads / workgroupSize));
+    }
+    return [dx, scaled];
+  },
+});
+
+/** Options of `linearCrossEntropy`. */
+export interface LinearCrossEntropyOptions extends CrossEntropyOptions {
+  /** Rows of logits that exist at a time, rounded down to a multiple of 8; by default as many as take 48 MiB. */
+  readonly chunk?: number;
+}
+
+/**
+ * `crossEntropy` of the logits x[index] w^T, of which only `chunk` rows exist at a time: the forward pass turns them into
+ * their gradient in place, and that into x's (and w's, if it is trained), so nothing is computed twice.
+ *
+ * x: [M, D], w: [V, D], index and labels: i32 [N] -> two scalars. Logits are f32 whatever x is stored as. The caller
+ * answers for indices within 0..M-1, each at most once. Rows with label -100 do not count; any other label outside 0..V-1
+ * makes loss and gradient NaN.
+ */
+export function linearCrossEntropy(
+  x: Tensor,
+  w: Tensor,
+  index: Tensor,
+  labels: Tensor,
+  options: LinearCrossEntropyOptions = {},
+): CrossEntropy {
+  const { scale = 1, chunk = logitsRows(w.shape[0]) } = options;
+  const [loss, correct] = linearCrossEntropyOp.run([x, w, index, labels], {
+    scale,
+    chunk: Math.max(8, chunk - (chunk % 8)),
+    dtypes: [x.dtype, w.dtype],
+  });
+  return { loss, correct };
+}
+
+/** Rows of f32 logits of a vocabulary that take at most 48 MiB, a multiple of 16 and at least that. */
+export function logitsRows(vocabSize: number): number {
+  return Math.max(16, Math.floor((48 << 20) / (4 * vocabSize) / 16) * 16);
 }

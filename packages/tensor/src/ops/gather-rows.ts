@@ -4,8 +4,8 @@ import { defineOp, type Op } from '../op.js';
 import type { Tensor } from '../tensor.js';
 
 const workgroupSize = 64;
-const params = { quads: 'u32', row_quads: 'u32', rows: 'u32' } as const;
-const rowAt = 'fn row_at(m: u32) -> u32 { return u32(clamp(i32(index_load(m)), 0, i32(P.rows) - 1)); }';
+const params = { quads: 'u32', row_quads: 'u32', rows: 'u32', first: 'u32' } as const;
+const rowAt = 'fn row_at(m: u32) -> u32 { return u32(clamp(i32(index_load(P.first + m)), 0, i32(P.rows) - 1)); }';
 
 const gatherKernel = defineKernel({
   name: 'gather_rows',
@@ -35,22 +35,25 @@ fn kernel(group: u32, lane: u32) {
 }`,
 });
 
+/** @internal Rows index[first] to index[first + count - 1] of x, without recording. */
+export function gathered(x: Tensor, index: Tensor, first: number, count: number): Tensor {
+  const out = x.device.empty([count, x.columns], x.dtype);
+  const quads = (out.rows * out.pitch) / 4;
+  x.device.dispatch(
+    gatherKernel,
+    { x, index, out },
+    { quads, row_quads: out.pitch / 4, rows: x.rows, first },
+    Math.ceil(quads / workgroupSize),
+  );
+  return out;
+}
+
 /** @internal */
 export const gatherRowsOp: Op<undefined> = defineOp<undefined>({
   name: 'gatherRows',
   contract: 'x[N, D], index[M] -> [M, D]',
   integers: ['index'],
-  forward: ([x, index], { shapes }) => {
-    const out = x.device.empty(shapes[0], x.dtype);
-    const quads = (out.rows * out.pitch) / 4;
-    x.device.dispatch(
-      gatherKernel,
-      { x, index, out },
-      { quads, row_quads: out.pitch / 4, rows: x.rows },
-      Math.ceil(quads / workgroupSize),
-    );
-    return { outputs: [out], saved: [index] };
-  },
+  forward: ([x, index]) => ({ outputs: [gathered(x, index, 0, index.size)], saved: [index] }),
   vjp: ({ dys: [dy], saved: [index], shapes }) => {
     if (dy === undefined || index === undefined) return [];
     const dx = dy.device.zeros(shapes[0], dy.dtype);
@@ -58,7 +61,7 @@ export const gatherRowsOp: Op<undefined> = defineOp<undefined>({
     dy.device.dispatch(
       scatterKernel,
       { dy, index, out: dx },
-      { quads, row_quads: dy.pitch / 4, rows: dx.rows },
+      { quads, row_quads: dy.pitch / 4, rows: dx.rows, first: 0 },
       Math.ceil(quads / workgroupSize),
     );
     return [dx];
