@@ -3,6 +3,7 @@ import {
   cast,
   defineOp,
   type Device,
+  embedding,
   keep,
   linear,
   loraLinear,
@@ -13,6 +14,7 @@ import {
   scope,
   silu,
   softmax,
+  type Stats,
   sum,
   swiglu,
   type Tensor,
@@ -231,6 +233,32 @@ describe('values of cheap ops', () => {
     });
   });
 
+  it('count as activations where they are held, and weights as weights', () => {
+    scope(() => {
+      const x = device.zeros([64, 32]).tag('adapters');
+      const w = device.zeros([8, 32]).tag('weights');
+      const norm = device.zeros([32]).tag('weights');
+      const partsNow = (): Stats['peakParts'] => {
+        device.resetPeak();
+        return device.stats().peakParts;
+      };
+      const before = partsNow();
+      let between = before;
+      valueAndGrad(() => {
+        const y = scope(() => linear(rmsNorm(add(x, x), norm, { eps: 1e-5 }), w));
+        between = partsNow();
+        return sum(y);
+      }, [x, w]);
+      const y = 4 * 64 * 8;
+      expect(between).toEqual({
+        ...before,
+        activations: before.activations + bytes + rstd,
+        workspace: before.workspace + y,
+      });
+      expect(partsNow().activations).toBe(before.activations);
+    });
+  });
+
   it('are computed again once, for all who need them, and freed by the last', () => {
     scope(() => {
       const x = device.zeros([64, 32]);
@@ -348,6 +376,24 @@ describe('destinations of gradients', () => {
       expect(direct.dispatches).toBe(plain.dispatches);
       expect(plain.bytes - direct.bytes).toBe(2 * 4 * 8 * 64);
     });
+  });
+
+  it('are added to row by row by an embedding', async () => {
+    const [sum1, table] = scope(() => {
+      const table = device.fromArray(values(15, 1), [5, 3]);
+      const ids = device.fromArray([4, 1, 4, 0], [4], 'i32');
+      const into = device.fromArray(values(15, 2), [5, 3]);
+      const loss = (): Tensor => sum(scale(embedding(ids, table), 3));
+      const before = device.stats().dispatches;
+      valueAndGrad(loss, [table], { into: [into] });
+      // embedding, scale, sum; sum and scale back, the links of equal ids, the sums.
+      expect(device.stats().dispatches - before).toBe(7);
+      return keep([into, table]);
+    });
+    const times = [3, 3, 0, 0, 6];
+    expect([...(await sum1.read())]).toEqual(values(15, 2).map((v, i) => v + times[Math.floor(i / 3)]));
+    sum1.dispose();
+    table.dispose();
   });
 
   it('take the seed where the value is the parameter, and must fit', async () => {

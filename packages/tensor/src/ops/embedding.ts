@@ -53,10 +53,10 @@ fn kernel(group: u32, lane: u32) {
 }`,
 });
 
-// The first position of each id adds the rows of its chain. The table's gradient was cleared before.
+// The first position of each id adds the rows of its chain to what is there: zeros, or gradients of other batches.
 const scatterKernel = defineKernel({
   name: 'embedding_backward',
-  bindings: { ids: 'read', next: 'read', later: 'read', dy: 'read', out: 'write' },
+  bindings: { ids: 'read', next: 'read', later: 'read', dy: 'read', out: 'update' },
   params: { positions: 'u32', row_quads: 'u32', table_rows: 'u32' },
   workgroupSize,
   body: `
@@ -69,7 +69,8 @@ fn kernel(group: u32, lane: u32) {
   let quad = i % P.row_quads;
   var s = vec4<f32>(0.0);
   for (var j = n; j < P.positions; j = next_load(j)) { s += dy_load4(j * P.row_quads + quad); }
-  out_store4(row_at(n) * P.row_quads + quad, s);
+  let at = row_at(n) * P.row_quads + quad;
+  out_store4(at, out_load4(at) + s);
 }`,
 });
 
@@ -107,7 +108,7 @@ export const embeddingOp: Op<Attrs> = defineOp<Attrs>({
     }
     return { outputs: [out], saved: [needs[1] ? ids : undefined] };
   },
-  vjp: ({ dys: [dy], saved: [ids], attrs, shapes }) => {
+  vjp: ({ dys: [dy], saved: [ids], attrs, shapes, into }) => {
     if (dy === undefined || ids === undefined) return [];
     const device = dy.device;
     const positions = ids.size;
@@ -116,7 +117,7 @@ export const embeddingOp: Op<Attrs> = defineOp<Attrs>({
     const next = device.empty([positions], 'u32');
     const later = device.zeros([positions], 'u32');
     device.dispatch(linkKernel, { ids, next, later }, { positions, table_rows }, Math.ceil(positions / workgroupSize));
-    const dTable = device.zeros(shapes[1], attrs.tableDType);
+    const dTable = into[1] ?? device.zeros(shapes[1], attrs.tableDType);
     device.dispatch(
       scatterKernel,
       { ids, next, later, dy, out: dTable },
