@@ -5,11 +5,15 @@
  * are always zero, which every kernel keeps true. So a row starts on 16 bytes in f16 and 32 bytes in f32, ragged sizes
  * need no special load, and a reduction along the last axis may run into the padding. f16 is stored two to a u32 word,
  * whether or not the adapter has `shader-f16`: loads unpack to f32, arithmetic is f32. Integer tensors are not padded.
+ *
+ * NF4 matrices are 4-bit codes with scales, see nf4.ts. Their rows are multiples of 8 too, so that an element has the
+ * same index as in a float matrix of that shape.
  */
-import { ShapeError } from './errors.js';
+import { DTypeError, ShapeError } from './errors.js';
+import { decodeNf4, type Nf4Type, nf4Words } from './nf4.js';
 
-/** Storage type of a tensor. */
-export type DType = 'f32' | 'f16' | 'i32' | 'u32';
+/** Storage type of a tensor. `nf4` and `nf4-f32` hold frozen weights: 4-bit codes, with scales quantised again or in f32. */
+export type DType = 'f32' | 'f16' | 'i32' | 'u32' | Nf4Type;
 
 /** Arrays that hold a tensor's values on the host. */
 export type HostArray = Float32Array | Int32Array | Uint32Array;
@@ -17,14 +21,19 @@ export type HostArray = Float32Array | Int32Array | Uint32Array;
 /** Rows are padded to a multiple of this many elements (float tensors). */
 export const pitchMultiple = 8;
 
-/** Bytes of one stored element. */
+/** Bytes of one stored element; of an NF4 matrix's code alone, without the scales. */
 export function bytesPerElement(dtype: DType): number {
-  return dtype === 'f16' ? 2 : 4;
+  return isQuantized(dtype) ? 0.5 : dtype === 'f16' ? 2 : 4;
 }
 
 /** True for f32 and f16. */
 export function isFloat(dtype: DType): boolean {
   return dtype === 'f32' || dtype === 'f16';
+}
+
+/** True for the NF4 types, which only linear layers read, as their weights. */
+export function isQuantized(dtype: DType): dtype is Nf4Type {
+  return dtype === 'nf4' || dtype === 'nf4-f32';
 }
 
 /** Number of elements of a shape; the empty shape is a scalar of one element. */
@@ -47,9 +56,24 @@ export function pitchOf(columns: number, dtype: DType): number {
   return isFloat(dtype) ? Math.ceil(columns / pitchMultiple) * pitchMultiple : columns;
 }
 
-/** Stored bytes of a tensor, row padding included. */
+/**
+ * Stored bytes of a tensor, row padding included.
+ * @throws ShapeError for NF4 and another shape than a matrix whose rows are multiples of 8
+ */
 export function storedBytes(shape: readonly number[], dtype: DType): number {
+  if (isQuantized(dtype)) {
+    checkQuantizedShape(shape, dtype);
+    return 4 * nf4Words(sizeOf(shape), dtype);
+  }
   return rowsOf(shape) * pitchOf(columnsOf(shape), dtype) * bytesPerElement(dtype);
+}
+
+/** Throws a ShapeError unless a tensor of this shape can be stored in NF4. */
+export function checkQuantizedShape(shape: readonly number[], where: string): void {
+  if (shape.length === 2 && shape[1] % pitchMultiple === 0) return;
+  throw new ShapeError(
+    `${where}: [${shape.join(', ')}] cannot be stored in 4 bits; that is for matrices whose rows are multiples of ${pitchMultiple}`,
+  );
 }
 
 /** Throws a ShapeError unless every axis is a positive safe integer. */
@@ -99,6 +123,11 @@ export function f16Value(bits: number): number {
 
 /** Packs host values into the stored layout. */
 export function encode(data: ArrayLike<number>, shape: readonly number[], dtype: DType): Uint8Array<ArrayBuffer> {
+  if (isQuantized(dtype)) {
+    throw new DTypeError(
+      `values are not stored as ${dtype} directly: make an f32 or f16 tensor and call quantize(x, 'nf4')`,
+    );
+  }
   const columns = columnsOf(shape);
   const rows = rowsOf(shape);
   const pitch = pitchOf(columns, dtype);
@@ -114,8 +143,9 @@ export function encode(data: ArrayLike<number>, shape: readonly number[], dtype:
   return new Uint8Array(out.buffer);
 }
 
-/** Unpacks the stored layout into host values without padding; f16 becomes f32. */
+/** Unpacks the stored layout into host values without padding; f16 and NF4 become f32. */
 export function decode(bytes: ArrayBuffer, shape: readonly number[], dtype: DType): HostArray {
+  if (isQuantized(dtype)) return decodeNf4(bytes, sizeOf(shape), dtype);
   const columns = columnsOf(shape);
   const rows = rowsOf(shape);
   const pitch = pitchOf(columns, dtype);

@@ -13,7 +13,16 @@ export {
   type Work,
 } from './backend.js';
 export * from './device.js';
-export { type DType, type HostArray, bytesPerElement, f16Bits, f16Value, pitchOf, storedBytes } from './dtype.js';
+export {
+  type DType,
+  type HostArray,
+  bytesPerElement,
+  f16Bits,
+  f16Value,
+  isQuantized,
+  pitchOf,
+  storedBytes,
+} from './dtype.js';
 export * from './errors.js';
 export {
   type Access,
@@ -84,4 +93,13 @@ export { swiglu, swigluOp } from './ops/swiglu.js';
 export { transpose, transposeOp } from './ops/transpose.js';
 export { attention, attentionOp, type AttentionOptions } from './ops/attention.js';
 export { rope, ropeOp, type RopeOptions } from './ops/rope.js';
+export {
+  type CheckpointContents,
+  checkpointContents,
+  loadQuantized,
+  quantizedEntries,
+  type QuantState,
+} from './bnb-format.js';
+export { type Nf4Type, nf4DynamicMap, nf4Values } from './nf4.js';
+export { dequantize, type Nf4Source, nf4Sources, quantize, type QuantizeOptions, Quantizer } from './quantized.js';
 export { type ConversionReport, loadTensor } from './convert.js';

@@ -8,14 +8,20 @@
  * |---|---|---|
  * | `x_load(i)` | all | element `i` of the stored layout (f32 for float tensors, else i32 or u32) |
  * | `x_load4(i4)`, `x_load8(i8)` | float, width >= 4; width 8 | elements `4*i4...`; `8*i8...` as `array<vec4<f32>, 2>` |
+ * | `x_scale(i4)`, `x_scaled4(i4, s)`, `x_scaled8(i8, s)` | read, as `x_load4`, `x_load8` | the same elements, with the scale of their block of 64 looked up apart: it is 1 for types without |
  * | `x_store4(i4, v)` | float, written | four elements: whole words, so no two threads share one |
  * | `x_store(i, v)` | f32, i32, u32, written, width 1 | one element |
+ *
+ * A binding of an NF4 matrix (see nf4.ts) can only be read, and gives the same loads in every width. In a kernel with
+ * subgroups whose workgroup is 8 threads, all lanes must take part in its loads of four and eight.
  *
  * The body defines `fn kernel(group: u32, lane: u32)`; `group` runs over the dispatched workgroups (folded over x and y,
  * since a dimension ends at 65535), `lane` is the index within the workgroup. Sizes come in as `P.name`; only constants
  * and storage types key a pipeline.
  */
-import type { DType } from './dtype.js';
+import { type DType, isQuantized } from './dtype.js';
+import { DTypeError } from './errors.js';
+import { nf4LoadSource, nf4LookupSource, nf4ShuffleSetup } from './nf4.js';
 
 /** How a kernel uses a binding: `update` reads and writes. */
 export type Access = 'read' | 'write' | 'update';
@@ -23,8 +29,11 @@ export type Access = 'read' | 'write' | 'update';
 /** Elements per array item of a float binding: 1, 4 (the default) or 8. */
 export type Width = 1 | 4 | 8;
 
-/** A binding of a kernel: its access, and the width where it is not 4. */
-export type Binding = Access | { readonly access: Access; readonly width: Width };
+/**
+ * A binding of a kernel: its access, and the width where it is not 4. `words` binds whatever is stored as `array<u32>`
+ * named as the binding, without loads and stores.
+ */
+export type Binding = Access | { readonly access: Access; readonly width: Width; readonly words?: boolean };
 
 /** Scalar types of parameters. */
 export type ParamType = 'u32' | 'i32' | 'f32';
@@ -49,7 +58,12 @@ export interface KernelSpec {
 
 /** A kernel as `Device.dispatch` takes it. */
 export interface Kernel extends KernelSpec {
-  readonly bindingList: readonly { readonly name: string; readonly access: Access; readonly width: Width }[];
+  readonly bindingList: readonly {
+    readonly name: string;
+    readonly access: Access;
+    readonly width: Width;
+    readonly words?: boolean;
+  }[];
   readonly paramList: readonly (readonly [name: string, type: ParamType])[];
   /** First letter of each parameter's type. */
   readonly paramTypes: string;
@@ -91,8 +105,13 @@ export function kernelSource(
     ...kernel.paramList.map(([name, type]) => `  ${name}: ${type},`),
     '}',
   );
+  // A subgroup of 8 lanes is a software device's, see nf4LookupSource.
+  const looksUp = kernel.bindingList.some((b, i) => isQuantized(dtypes[i]) && b.words !== true);
+  const shuffles = looksUp && kernel.subgroups === true && kernel.workgroupSize === 8;
+  if (looksUp) lines.push(nf4LookupSource(shuffles));
   kernel.bindingList.forEach((b, i) => {
-    lines.push(bindingSource(i, b.name, b.access, b.width, dtypes[i]));
+    if (b.words === true) lines.push(declaration(i, b.name, b.access, 'u32'));
+    else lines.push(bindingSource(kernel.name, i, b.name, b.access, b.width, dtypes[i]));
   });
   lines.push(`@group(0) @binding(${kernel.bindingList.length}) var<uniform> P: Params;`);
   lines.push(
@@ -104,16 +123,33 @@ export function kernelSource(
     `@compute @workgroup_size(${kernel.workgroupSize})`,
     'fn main(@builtin(workgroup_id) id: vec3<u32>, @builtin(num_workgroups) count: vec3<u32>, @builtin(local_invocation_index) lane: u32) {',
     '  let group = P.first_group + id.x + id.y * count.x;',
+    shuffles ? `  ${nf4ShuffleSetup}` : '',
     '  if (group < P.groups) { kernel(group, lane); }',
     '}',
   );
   return lines.join('\n');
 }
 
-function bindingSource(index: number, x: string, access: Access, width: Width, dtype: DType): string {
+function declaration(index: number, x: string, access: Access, type: string): string {
+  return `@group(0) @binding(${index}) var<storage, ${access === 'read' ? 'read' : 'read_write'}> ${x}: array<${type}>;`;
+}
+
+function bindingSource(kernel: string, index: number, x: string, access: Access, width: Width, dtype: DType): string {
   const writes = access !== 'read';
-  const declare = (type: string): string =>
-    `@group(0) @binding(${index}) var<storage, ${writes ? 'read_write' : 'read'}> ${x}: array<${type}>;`;
+  const declare = (type: string): string => declaration(index, x, access, type);
+  if (isQuantized(dtype)) {
+    if (writes) {
+      throw new DTypeError(
+        `kernel ${kernel}: ${x} is ${dtype}, which kernels only read; write an f32 or f16 tensor and call quantize(x, 'nf4')`,
+      );
+    }
+    return [declare('u32'), nf4LoadSource(x, dtype)].join('\n');
+  }
+  const plainScale = writes ? '' : `fn ${x}_scale(at_: u32) -> f32 { return 1.0; }`;
+  const scaled4 = writes ? '' : `fn ${x}_scaled4(at_: u32, scale_: f32) -> vec4<f32> { return ${x}_load4(at_); }`;
+  const scaled8 = writes
+    ? ''
+    : `fn ${x}_scaled8(at_: u32, scale_: f32) -> array<vec4<f32>, 2> { return ${x}_load8(at_); }`;
   const store = (text: string): string => (writes ? text : '');
   if (dtype === 'i32' || dtype === 'u32') {
     return [
@@ -138,12 +174,16 @@ function bindingSource(index: number, x: string, access: Access, width: Width, d
         store(
           `fn ${x}_store4(at_: u32, value_: vec4<f32>) { ${x}[at_] = vec2<u32>(pack2x16float(value_.xy), pack2x16float(value_.zw)); }`,
         ),
+        plainScale,
+        scaled4,
       ].join('\n');
     }
     return [
       declare('vec4<u32>'),
       `fn ${x}_load(at_: u32) -> f32 { return ${unpack(`${x}[at_ >> 3u][(at_ >> 1u) & 3u]`)}[at_ & 1u]; }`,
       `fn ${x}_load8(at_: u32) -> array<vec4<f32>, 2> { let word_ = ${x}[at_]; return array<vec4<f32>, 2>(${load4('word_.xy')}, ${load4('word_.zw')}); }`,
+      plainScale,
+      scaled8,
     ].join('\n');
   }
   if (width === 1) {
@@ -159,5 +199,8 @@ function bindingSource(index: number, x: string, access: Access, width: Width, d
     `fn ${x}_load4(at_: u32) -> vec4<f32> { return ${x}[at_]; }`,
     `fn ${x}_load8(at_: u32) -> array<vec4<f32>, 2> { return array<vec4<f32>, 2>(${x}[2u * at_], ${x}[2u * at_ + 1u]); }`,
     store(`fn ${x}_store4(at_: u32, value_: vec4<f32>) { ${x}[at_] = value_; }`),
+    plainScale,
+    scaled4,
+    scaled8,
   ].join('\n');
 }

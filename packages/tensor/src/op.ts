@@ -1,6 +1,6 @@
 /** Ops: shape contract, forward, vjp, and the recorder seam through which a tape hears of them. */
 import type { Device } from './device.js';
-import { type DType, isFloat } from './dtype.js';
+import { type DType, isFloat, isQuantized } from './dtype.js';
 import { DTypeError, LifetimeError } from './errors.js';
 import { scope, scopeDepth } from './scope.js';
 import { applyContract, type Contract, parseContract } from './shape.js';
@@ -56,6 +56,8 @@ export interface OpSpec<A> {
    * the first one's type.
    */
   readonly weights?: readonly string[];
+  /** Names of inputs that may be stored in NF4: frozen weights, whose kernels only read them. */
+  readonly quantized?: readonly string[];
   /** Names of integer inputs. */
   readonly integers?: readonly string[];
   /**
@@ -230,6 +232,10 @@ function checkDTypes<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tens
     const name = parsed.inputs[i].name;
     if (x.device !== first.device)
       throw new LifetimeError(`${spec.name}: ${name} lives on another device than ${parsed.inputs[0].name}`);
+    if (isQuantized(x.dtype)) {
+      checkQuantized(spec, name, x);
+      return;
+    }
     const integer = spec.integers?.includes(name) === true;
     if (integer !== !isFloat(x.dtype)) {
       throw new DTypeError(`${spec.name}: ${name} is ${x.dtype}, but must be ${integer ? 'i32 or u32' : 'f32 or f16'}`);
@@ -245,4 +251,18 @@ function checkDTypes<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tens
       );
     }
   });
+}
+
+function checkQuantized<A>(spec: OpSpec<A>, name: string, x: Tensor): void {
+  if (spec.quantized?.includes(name) !== true) {
+    throw new DTypeError(
+      `${spec.name}: ${name} is ${x.dtype}, which only linear layers take, as their weights; use dequantize(${name})`,
+    );
+  }
+  if (recorder?.tracks(x) === true) {
+    throw new DTypeError(
+      `${spec.name}: a gradient is wanted for ${name}, which is ${x.dtype}; 4-bit weights are frozen: train an adapter beside ` +
+        `them, or dequantize(${name}) and train that`,
+    );
+  }
 }

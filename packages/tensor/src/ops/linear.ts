@@ -21,6 +21,7 @@ export const linearOp: Op<Attrs> = defineOp<Attrs>({
   name: 'linear',
   contract: 'x[..., D], w[O, D] -> [..., O]',
   weights: ['w'],
+  quantized: ['w'],
   forward: ([x, w], { attrs, shapes, needs }) => {
     const y = x.device.empty(shapes[0], attrs.dtype);
     gemm(x, w, y, { transB: true });

@@ -27,6 +27,7 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
   name: 'loraLinear',
   contract: 'x[..., D], w[O, D], a[R, D], b[O, R] -> [..., O]',
   weights: ['w', 'a', 'b'],
+  quantized: ['w'],
   forward: ([x, w, a, b], { attrs: { scale, dropout, dtype }, shapes, needs, wanted }) => {
     const device = x.device;
     // The scale is in xa, so that the update goes on in the sums of the base product.
