@@ -142,7 +142,7 @@ export function checkpoint(fn: (...inputs: Tensor[]) => readonly Tensor[], ...in
     const demands = demandsOf(probe.steps);
     outer.record({
       ...application,
-      vjp: (dys, saved, into = []) => {
+      vjp: (dys, saved, { into = [] } = {}) => {
         const again = saved.filter((x) => x !== undefined);
         const wanted = uniqueById([...again, ...captured]).filter((_, i) => needs[i]);
         // Backward follows at once: to make cheap values a third time would save little.

@@ -416,3 +416,41 @@ describe('destinations of gradients', () => {
     sum2.dispose();
   });
 });
+
+describe('what backward is done with', () => {
+  it('is overwritten by a vjp that can, with the same bits, and never while somebody has a use for it', async () => {
+    const uses: Record<string, (g: Tensor, u: Tensor) => Tensor> = {
+      alone: (g, u) => swiglu(g, u),
+      'read before': (g, u) => mul(softmax(swiglu(g, u)), silu(g)),
+      'read after': (g, u) => mul(softmax(silu(g)), swiglu(g, u)),
+      'both the same': (g) => swiglu(g, g),
+      'a view of one': (g, u) => mul(softmax(silu(reshape(g, [64, 16]))), reshape(swiglu(g, u), [64, 16])),
+    };
+    for (const [name, use] of Object.entries(uses)) {
+      const run = (watch: boolean): { tensors: Tensor[]; peak: number } =>
+        scope(() => {
+          const [x, c] = [1, 2].map((seed) => device.fromArray(randomArray64(1024, seed), [32, 32]));
+          device.resetPeak();
+          const before = device.stats().liveBytes;
+          const watched: Tensor[] = [];
+          const { value, grads } = valueAndGrad(() => {
+            const [g, u] = [add(x, c), add(c, x)];
+            // A second handle, as a caller has who looks at activations.
+            if (watch) watched.push(g.retain(), u.retain());
+            return sum(scope(() => use(g, u)));
+          }, [x, c]);
+          for (const y of watched) y.dispose();
+          return { tensors: keep([value, ...grads]), peak: device.stats().peakBytes - before };
+        });
+      const [free, watched] = [run(false), run(true)];
+      for (const [i, y] of free.tensors.entries()) {
+        const [a, b] = [await y.read(), await watched.tensors[i].read()];
+        expect(a.some((v) => v !== 0)).toBe(true);
+        expect([name, ...new Uint32Array(a.buffer)]).toEqual([name, ...new Uint32Array(b.buffer)]);
+        y.dispose();
+        watched.tensors[i].dispose();
+      }
+      if (name === 'alone') expect(free.peak).toBeLessThan(watched.peak);
+    }
+  });
+});

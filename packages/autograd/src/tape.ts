@@ -150,6 +150,14 @@ export class Tape implements Recorder {
     return remade.tensor;
   }
 
+  /** True when nobody but `node`, which is being consumed, has a use for a value or a handle on its memory. */
+  #isSpare(id: number, node: Node): boolean {
+    const held = this.#held.get(id);
+    if (held === undefined || held.tensor.parts.length > 1 || held.tensor.storage.refs > 1) return false;
+    const count = (ids: readonly (number | undefined)[]): number => ids.filter((i) => i === id).length;
+    return count(node.savedIds) === 1 && held.uses === 1 + (node.runsAgain ? count(node.inputIds) : 0);
+  }
+
   #release(id: number): void {
     const held = this.#held.get(id);
     if (held !== undefined) {
@@ -201,7 +209,8 @@ export class Tape implements Recorder {
         scope(() => {
           const saved = node.savedIds.map((id) => (id === undefined ? undefined : this.#value(id)));
           const into = node.inputIds.map((id, i) => (node.needs[i] ? this.#into.get(id) : undefined));
-          const grads = node.vjp(dys, saved, into);
+          const spare = node.savedIds.map((id) => id !== undefined && this.#isSpare(id, node));
+          const grads = node.vjp(dys, saved, { into, spare });
           node.inputIds.forEach((id, i) => {
             const grad = grads[i];
             if (!node.needs[i] || grad === undefined) return;

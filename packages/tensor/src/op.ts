@@ -26,8 +26,19 @@ export interface ForwardResult {
   readonly saved?: readonly (Tensor | undefined)[];
 }
 
+/** What a tape tells a vjp besides cotangents and saved tensors. */
+export interface VjpHints {
+  /**
+   * Where the gradient of an input is collected: an f32 tensor of its shape, on top of whose values it comes. A vjp may
+   * add to it itself and return it as the gradient; of those that do not the tape adds what they return.
+   */
+  readonly into: readonly (Tensor | undefined)[];
+  /** Saved tensors that nobody looks at any more: a vjp may overwrite them, and return them as gradients. */
+  readonly spare: readonly boolean[];
+}
+
 /** What `vjp` gets. */
-export interface VjpContext<A> {
+export interface VjpContext<A> extends VjpHints {
   /** Cotangent of each output; undefined where the loss does not depend on it. The first is always there in one-output ops. */
   readonly dys: readonly (Tensor | undefined)[];
   /** What `forward` saved, in its order. */
@@ -37,11 +48,6 @@ export interface VjpContext<A> {
   readonly attrs: A;
   /** Shapes of the inputs. */
   readonly shapes: readonly (readonly number[])[];
-  /**
-   * Where the gradient of an input is collected: an f32 tensor of its shape, on top of whose values it comes. A vjp may
-   * add to it itself and return it as the gradient; of those that do not the tape adds what they return.
-   */
-  readonly into: readonly (Tensor | undefined)[];
 }
 
 /** What `defineOp` takes. */
@@ -91,11 +97,11 @@ export interface Application {
 
 /** An application that a gradient goes through. */
 export interface Recorded extends Application {
-  /** Gradients of the inputs for cotangents of the outputs; `into` as in `VjpContext`. */
+  /** Gradients of the inputs for cotangents of the outputs. */
   readonly vjp: (
     dys: readonly (Tensor | undefined)[],
     saved: readonly (Tensor | undefined)[],
-    into?: readonly (Tensor | undefined)[],
+    hints?: Partial<VjpHints>,
   ) => readonly (Tensor | undefined)[];
   /** Of cheap ops: the outputs, with the same bits, from the inputs. */
   readonly again?: ((inputs: readonly Tensor[]) => readonly Tensor[]) | undefined;
@@ -189,11 +195,10 @@ function runOp<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tensor[], 
           device.beginOp(outer);
         }
       };
-      const nothing = inputs.map(() => undefined);
       heard.record({
         ...application,
-        vjp: (dys, kept, into = nothing) =>
-          named('backward', () => vjp({ dys, saved: kept, needs, attrs, shapes: inputShapes, into })),
+        vjp: (dys, kept, { into = [], spare = [] } = {}) =>
+          named('backward', () => vjp({ dys, saved: kept, needs, attrs, shapes: inputShapes, into, spare })),
         again:
           spec.cheap !== true
             ? undefined

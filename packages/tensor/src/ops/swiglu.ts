@@ -31,6 +31,25 @@ fn kernel(group: u32, lane: u32) {
 }`,
 });
 
+// The same in place, where the tape is done with gate and up: they are the largest tensors of a block.
+const inPlaceKernel = defineKernel({
+  name: 'swiglu_backward_in_place',
+  bindings: { gate: 'update', up: 'update', dy: 'read' },
+  params: { quads: 'u32' },
+  workgroupSize: 128,
+  body: `
+fn kernel(group: u32, lane: u32) {
+  let i = group * WORKGROUP + lane;
+  if (i >= P.quads) { return; }
+  let g = gate_load4(i);
+  let s = ${sigmoidOf('g')};
+  let d = dy_load4(i) * s;
+  let u = up_load4(i);
+  up_store4(i, d * g);
+  gate_store4(i, d * u * (1.0 + g * (1.0 - s)));
+}`,
+});
+
 /** @internal */
 export const swigluOp: Op<undefined> = defineOp<undefined>({
   name: 'swiglu',
@@ -41,9 +60,14 @@ export const swigluOp: Op<undefined> = defineOp<undefined>({
     runElementwise(forwardKernel, { gate, up }, out);
     return { outputs: [out], saved: [gate, needs[0] ? up : undefined] };
   },
-  vjp: ({ dys: [dy], saved: [gate, up], needs }) => {
+  vjp: ({ dys: [dy], saved: [gate, up], needs, spare }) => {
     if (dy === undefined || gate === undefined) return [];
     const device = gate.device;
+    if (needs[0] && needs[1] && up && spare[0] && spare[1]) {
+      const quads = (gate.rows * gate.pitch) / 4;
+      device.dispatch(inPlaceKernel, { gate, up, dy }, { quads }, Math.ceil(quads / 128));
+      return [gate, up];
+    }
     const dgate = needs[0] ? device.empty(gate.shape, gate.dtype) : undefined;
     const dup = needs[1] ? device.empty(gate.shape, gate.dtype) : undefined;
     if (dgate && dup && up) {
