@@ -14,6 +14,7 @@ import {
   quoted,
 } from '@lorikeet/tensor';
 import type { JsonObject, JsonValue } from '@lorikeet/tensor';
+import { type Quantization, readQuantization } from './quantization.js';
 
 /** Storage types that `torch_dtype` may name. */
 export type TorchDType = 'float32' | 'float16' | 'bfloat16';
@@ -43,12 +44,14 @@ export interface MistralConfig {
   readonly pad_token_id: number | null;
   /** The type that the file names (`torch_dtype` or `dtype`), null where it names none. */
   readonly torch_dtype: TorchDType | null;
+  /** `nf4` where the file's `quantization_config` says that the linear layers are stored so. */
+  readonly quantization?: Quantization | undefined;
   /** The object that was read, so that keys unknown here and the spelling of known ones survive saving. */
   readonly source: JsonObject;
 }
 
 /** Keys of {@link MistralConfig} that a caller may set. */
-export type MistralOptions = Partial<Omit<MistralConfig, 'source'>>;
+export type MistralOptions = Partial<Omit<MistralConfig, 'source' | 'quantization'>>;
 
 /** The class defaults of transformers; the published 7B file differs in rms_norm_eps and max_position_embeddings. */
 const defaults = {
@@ -153,6 +156,7 @@ function readMistralConfig(object: JsonObject, where: string): MistralConfig {
     eos_token_id: readEosIds(fields),
     pad_token_id: readTokenId(fields, 'pad_token_id', null),
     torch_dtype: readDType(fields),
+    quantization: readQuantization(fields),
     source: object,
   };
   checkWhatIsComputed(fields, config);
@@ -278,9 +282,6 @@ function checkWhatIsComputed(fields: JsonFields, config: MistralConfig): void {
     fields.problem(`attention_dropout is ${dropout}; dropout on attention weights is not supported, set it to 0`);
   const rotary = fields.number('partial_rotary_factor', 1);
   if (rotary !== 1) fields.problem(`partial_rotary_factor is ${rotary}; only whole heads are rotated here`);
-  if (isJsonObject(fields.raw('quantization_config'))) {
-    fields.problem('quantization_config is set; quantised checkpoints are not read, use the 16-bit one');
-  }
   const layerTypes = fields.raw('layer_types');
   const wanted = config.sliding_window === null ? 'full_attention' : 'sliding_attention';
   if (Array.isArray(layerTypes) && layerTypes.some((type) => type !== wanted)) {

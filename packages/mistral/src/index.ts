@@ -34,6 +34,7 @@ export type { JsonObject } from './json-values.js';
 export * from './config.js';
 export { KvCache, LayerCache } from './cache.js';
 export { type LoadOptions, loadMistral } from './load.js';
+export { isQuantized, type Quantization, quantizationProblem } from './quantization.js';
 export { type SaveOptions, saveMistral } from './save.js';
 export { type Generated, type GenerateOptions, generate } from './generate.js';
 export { Attention, Block, type BlockContext, type HiddenOptions, Mistral, MistralModel, Mlp } from './model.js';

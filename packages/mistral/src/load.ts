@@ -1,19 +1,23 @@
 /** Mistral from a checkpoint in Hugging Face layout. */
 import { hashString, Random, type Weights } from '@lorikeet/nn';
 import {
+  type CheckpointContents,
+  checkpointContents,
   decodeFloats,
+  dequantize,
   type Device,
   keep,
   LorikeetError,
+  loadQuantized,
   loadTensor,
-  reshape,
   scope,
   type Tensor,
   type TensorFile,
+  writeRows,
 } from '@lorikeet/tensor';
-import { copyInto } from './cache.js';
 import { checkMistralTensors, type MistralConfig, mistralTensors, withMistralConfig } from './config.js';
 import { Mistral } from './model.js';
+import { isQuantized, type Quantization, quantizationProblem } from './quantization.js';
 import { meanResizeStream } from './resize.js';
 
 /** Options of `loadMistral`. */
@@ -23,12 +27,17 @@ export interface LoadOptions {
   /** Storage of the weights: f32 where they are trained. */
   readonly weights?: 'f32' | 'f16';
   /**
+   * Storage of the linear layers: `nf4` quantises them on the device where the checkpoint has not done so, `none` restores
+   * those that it has. Default: as the checkpoint stores them.
+   */
+  readonly quantization?: Quantization | undefined;
+  /**
    * Rows of embedding and head, where more are needed than the checkpoint has, as after tokens were added. The new ones
    * are near the mean of the old ones (see `meanResize`), those of the head near the head's, and the same every time;
    * the model's configuration says the new number.
    */
   readonly vocabSize?: number | undefined;
-  /** Called with the bytes read so far and in all; a table that grows is read three times. */
+  /** Called with the bytes read so far and in all, slice by slice; a table that grows is read three times. */
   readonly onProgress?: (done: number, total: number) => void;
   /** Called for tensors with values that f16 cannot hold. */
   readonly onWarning?: (message: string) => void;
@@ -41,58 +50,76 @@ const pieceBytes = 4 << 20;
 class CheckpointWeights implements Weights {
   readonly #device: Device;
   readonly #file: TensorFile;
+  readonly #contents: CheckpointContents;
+  readonly #quantization: Quantization;
   readonly #options: LoadOptions;
   readonly #made: Tensor[] = [];
   #done = 0;
   readonly #total: number;
 
   /** @param config that of the model, with the new vocabulary */
-  constructor(device: Device, file: TensorFile, config: MistralConfig, options: LoadOptions) {
+  constructor(
+    device: Device,
+    file: TensorFile,
+    contents: CheckpointContents,
+    config: MistralConfig,
+    options: LoadOptions,
+  ) {
     this.#device = device;
     this.#file = file;
+    this.#contents = contents;
+    this.#quantization = options.quantization ?? config.quantization ?? 'none';
     this.#options = options;
     this.#total = [...mistralTensors(config)].reduce((sum, [name, [rows]]) => {
       const { byteLength, shape } = file.info(name);
-      return sum + byteLength * (rows > shape[0] ? 3 : 1);
+      return sum + byteLength * (rows > shape[0] && !contents.quantized.has(name) ? 3 : 1);
     }, 0);
   }
 
   async get(path: string, shape: readonly number[]): Promise<Tensor> {
     const { dtype = 'f16', weights = dtype, onWarning, signal } = this.#options;
     signal?.throwIfAborted();
-    const { tensor, report } = await loadTensor(this.#device, this.#file, path, weights);
-    const at = this.#made.push(tensor) - 1;
-    if (report.overflows > 0 || report.nonFinite > 0) {
-      onWarning?.(
-        `${path}: ${report.overflows} values are beyond f16's 65504 and were cut to it, ${report.nonFinite} are not finite; use --dtype float32`,
-      );
+    if (this.#contents.quantized.has(path)) return this.#quantized(path, weights);
+    const stored = this.#file.info(path).shape;
+    const { tensor, report } = await loadTensor(this.#device, this.#file, path, {
+      dtype: this.#quantization === 'nf4' && isQuantized(path) ? 'nf4' : weights,
+      ...(shape[0] > stored[0] ? { rows: shape[0] } : {}),
+      onBytes: (bytes) => this.#advance(bytes),
+      signal,
+    });
+    this.#made.push(tensor);
+    if (report.overflows > 0) {
+      onWarning?.(`${path}: ${report.overflows} values are beyond f16's 65504 and were cut to it; use --dtype float32`);
     }
-    this.#advance(this.#file.info(path).byteLength);
-    if (shape[0] === tensor.shape[0]) return tensor;
-    const grown = await this.#grow(path, tensor, shape[0]);
-    this.#made[at] = grown;
-    tensor.dispose();
-    return grown;
+    if (report.nonFinite > 0) {
+      onWarning?.(`${path}: ${report.nonFinite} values are not finite; the checkpoint is broken`);
+    }
+    if (shape[0] > stored[0]) writeRows(tensor, stored[0], await this.#newRows(path, stored, shape[0]));
+    return tensor;
   }
 
   dispose(): void {
     for (const tensor of this.#made) tensor.dispose();
   }
 
-  /** The table [V, D] with new rows below, [rows, D]. */
-  async #grow(path: string, table: Tensor, rows: number): Promise<Tensor> {
-    const [vocab, width] = table.shape;
-    const added = rows - vocab;
+  /** A matrix that the checkpoint holds in 4 bits, as it is or restored. */
+  async #quantized(path: string, weights: 'f32' | 'f16'): Promise<Tensor> {
+    const state = this.#contents.quantized.get(path);
+    if (state === undefined) throw new LorikeetError(`${path} is not stored in 4 bits`);
+    const matrix = (await loadQuantized(this.#device, this.#file, state)).tag('weights');
+    this.#advance(this.#file.info(path).byteLength);
+    const tensor = this.#quantization === 'nf4' ? matrix : scope(() => keep(dequantize(matrix, weights)));
+    if (tensor !== matrix) matrix.dispose();
+    this.#made.push(tensor.tag('weights'));
+    return tensor;
+  }
+
+  /** Values of the rows that a table [V, D] is to have below its own, up to `rows`. */
+  #newRows(path: string, stored: readonly number[], rows: number): Promise<Float32Array> {
+    const [vocab, width] = stored;
     // The name is the stream: embedding and head get numbers of their own, the same in every run.
     const random = new Random(0, hashString(path));
-    const values = await meanResizeStream(() => this.#rowsOf(path), [vocab, width], added, random);
-    return scope(() => {
-      const grown = keep(this.#device.empty([rows, width], table.dtype));
-      const all = reshape(grown, [1, rows, width]);
-      copyInto(reshape(table, [1, vocab, width]), all, 0);
-      copyInto(this.#device.fromArray(values, [1, added, width], table.dtype), all, vocab);
-      return grown;
-    });
+    return meanResizeStream(() => this.#rowsOf(path), [vocab, width], rows - vocab, random);
   }
 
   /** The stored values, some rows at a time. */
@@ -126,7 +153,8 @@ export async function loadMistral(
   file: TensorFile,
   options: LoadOptions = {},
 ): Promise<Mistral> {
-  checkMistralTensors(config, new Map([...file.tensors].map(([name, { shape }]) => [name, shape])), file.name);
+  const contents = await checkpointContents(file);
+  checkMistralTensors(config, contents.shapes, file.name);
   if (config.head_dim % 8 !== 0 || config.head_dim > 128) {
     throw new LorikeetError(
       `${file.name}: head_dim is ${config.head_dim}; attention here takes multiples of 8 up to 128`,
@@ -138,13 +166,22 @@ export async function loadMistral(
       `${file.name}: vocabSize is ${vocabSize}, but the checkpoint has ${config.vocab_size} rows; rows can be added, not taken away`,
     );
   }
-  const grows = vocabSize > config.vocab_size;
-  const grown = grows ? withMistralConfig(config, { vocab_size: vocabSize }) : config;
-  const weights = new CheckpointWeights(device, file, grown, options);
+  const { quantization = config.quantization ?? 'none' } = options;
+  const problem = quantization === 'nf4' ? quantizationProblem(config) : undefined;
+  if (problem !== undefined) throw new LorikeetError(`${file.name}: ${problem}`);
+  const unexpected = [...contents.quantized.keys()].filter((name) => !isQuantized(name));
+  if (unexpected.length > 0) {
+    throw new LorikeetError(
+      `${file.name}: ${unexpected.join(', ')} ${unexpected.length === 1 ? 'is' : 'are'} stored in 4 bits; only the linears of the layers can be`,
+    );
+  }
+  const grown = vocabSize > config.vocab_size ? withMistralConfig(config, { vocab_size: vocabSize }) : config;
+  const weights = new CheckpointWeights(device, file, contents, grown, options);
   try {
     const model = await Mistral.create(grown, weights, { dtype: options.dtype ?? 'f16' });
-    // The tables as they were wait in the pool, in a size that nobody asks for again.
-    if (grows) device.trim();
+    // The slices wait in the pool, in sizes that nobody asks for again.
+    await device.idle();
+    device.trim();
     return model;
   } catch (error) {
     weights.dispose();

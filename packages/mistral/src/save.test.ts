@@ -2,6 +2,9 @@ import { hashString, InitWeights, Layer, Random } from '@lorikeet/nn';
 import {
   type ByteFolder,
   type Device,
+  dequantize,
+  keep,
+  quantize,
   encodeFloats,
   decodeFloats,
   memorySink,
@@ -20,6 +23,7 @@ import { loadMistral } from './load.js';
 import { Mistral } from './model.js';
 import { meanResize } from './resize.js';
 import { resolveGenerationConfig } from './sampling.js';
+import { isQuantized } from './quantization.js';
 import { saveMistral } from './save.js';
 
 let device: Device;
@@ -271,8 +275,8 @@ describe('loadMistral with vocabSize', () => {
     expect(read.every(([done, total]) => done <= total)).toBe(true);
     expect(read.at(-1)?.[0]).toBe(read[0][1]);
     expect(new Set(read.map(([, total]) => total)).size).toBe(1);
-    // Once, then twice in two pieces each.
-    expect(read.length).toBe(mistralTensors(config).size + 4);
+    // In two slices, then twice in two pieces.
+    expect(read.length).toBe(mistralTensors(config).size + 5);
     const after = (await valuesOf(grown)).get('model.embed_tokens.weight') ?? new Float32Array();
     const fresh = meanResize(before, vocab, 32, 3, new Random(0, hashString('model.embed_tokens.weight')));
     expect(
@@ -289,5 +293,75 @@ describe('loadMistral with vocabSize', () => {
     });
     await expect(stopped).rejects.toThrow('abort');
     expect(device.stats().liveBytes).toBe(live);
+  });
+});
+
+describe('4 bits', () => {
+  const loadWith = async (folder: MemoryFolder, options: Parameters<typeof loadMistral>[3]): Promise<Mistral> => {
+    const file = await openCheckpoint(folder);
+    return loadMistral(device, parseMistralConfig(folder.text('config.json')), file, options);
+  };
+  const bitsOf = async (model: Mistral): Promise<Map<string, readonly number[]>> =>
+    new Map([...(await valuesOf(model))].map(([name, values]) => [name, Array.from(values)]));
+
+  it('quantises the linears of the layers at load, stores them as bitsandbytes does, and restores them', async () => {
+    const { liveBytes } = device.stats();
+    const plain = await tinyModel('f32', { hidden_size: 64, intermediate_size: 72 });
+    const sixteen = new MemoryFolder();
+    await saveMistral(plain, sixteen, { dtype: 'BF16' });
+    plain.dispose();
+    const exact = await loadWith(sixteen, { dtype: 'f32' });
+    const wanted = new Map<string, readonly number[]>();
+    for (const [name, weight] of exact.namedParameters()) {
+      const values = scope(() =>
+        keep(isQuantized(name) ? dequantize(quantize(weight, 'nf4')) : weight.view(weight.shape)),
+      );
+      wanted.set(name, Array.from(await values.read()));
+      values.dispose();
+    }
+    exact.dispose();
+
+    const model = await loadWith(sixteen, { dtype: 'f16', weights: 'f32', quantization: 'nf4' });
+    const types = [...model.namedParameters()].map(([name, { dtype }]) => [isQuantized(name), dtype].join());
+    expect(types.filter((type) => type === 'true,nf4').length).toBe(14);
+    expect(types.filter((type) => type === 'false,f32').length).toBe(types.length - 14);
+    expect(await bitsOf(model)).toEqual(wanted);
+
+    const folder = new MemoryFolder();
+    await saveMistral(model, folder);
+    const config = parseMistralConfig(folder.text('config.json'));
+    expect(config.quantization).toBe('nf4');
+    expect(config.source['quantization_config']).toMatchObject({
+      quant_method: 'bitsandbytes',
+      load_in_4bit: true,
+      bnb_4bit_quant_type: 'nf4',
+      bnb_4bit_use_double_quant: true,
+    });
+    const again = await loadWith(folder, { dtype: 'f32' });
+    expect([...again.namedParameters()].filter(([, { dtype }]) => dtype === 'nf4').length).toBe(14);
+    expect(await bitsOf(again)).toEqual(wanted);
+    again.dispose();
+    const restored = await loadWith(folder, { dtype: 'f32', quantization: 'none' });
+    expect([...restored.namedParameters()].every(([, { dtype }]) => dtype === 'f32')).toBe(true);
+    expect(await bitsOf(restored)).toEqual(wanted);
+    // Nothing in it is in 4 bits any more, and its configuration says so.
+    const full = new MemoryFolder();
+    await saveMistral(restored, full);
+    expect(parseMistralConfig(full.text('config.json')).quantization).toBeUndefined();
+    restored.dispose();
+    model.dispose();
+    expect(device.stats().liveBytes).toBe(liveBytes);
+  });
+
+  it('refuses rows that are no multiple of 8, before anything is read', async () => {
+    const model = await tinyModel('f32', { intermediate_size: 36 });
+    const folder = new MemoryFolder();
+    await saveMistral(model, folder);
+    model.dispose();
+    const { uploadedBytes } = device.stats();
+    await expect(loadWith(folder, { quantization: 'nf4' })).rejects.toThrow(
+      'cannot be stored in 4 bits: intermediate_size is 36, which must be a multiple of 8',
+    );
+    expect(device.stats().uploadedBytes).toBe(uploadedBytes);
   });
 });

@@ -5,6 +5,7 @@ import {
   gatherRows,
   keep,
   LorikeetError,
+  quantizedEntries,
   scope,
   type SinkFolder,
   type Tensor,
@@ -13,6 +14,7 @@ import {
 } from '@lorikeet/tensor';
 import { mistralTensors, serializeMistralConfig, type TorchDType, withMistralConfig } from './config.js';
 import type { Mistral } from './model.js';
+import { withQuantization } from './quantization.js';
 
 /** Options of `saveMistral`. */
 export interface SaveOptions {
@@ -37,7 +39,8 @@ const sliceSize = 2 ** 20;
 
 /**
  * Writes config.json and the weights under their checkpoint names: model.safetensors, or shards and their index. Weights
- * are read back in slices, so host memory stays at some megabytes. The files appear once all are written.
+ * are read back in slices, so host memory stays at some megabytes. Linears in 4 bits are written as bitsandbytes writes
+ * them. The files appear once all are written.
  *
  * @returns the names of the files
  * @throws LorikeetError when a layer is wrapped by an adapter, and for values that are not finite or that the type
@@ -48,8 +51,9 @@ export async function saveMistral(model: Mistral, folder: SinkFolder, options: S
   const embedding = parameters.get('model.embed_tokens.weight');
   const dtype = options.dtype ?? (embedding?.dtype === 'f16' ? 'F16' : 'F32');
   const width = dtype === 'F32' ? 4 : 2;
+  const inFourBits = (tensor: Tensor): boolean => tensor.dtype === 'nf4' || tensor.dtype === 'nf4-f32';
   let total = 0;
-  for (const tensor of parameters.values()) total += tensor.size * width;
+  for (const tensor of parameters.values()) if (!inFourBits(tensor)) total += tensor.size * width;
   let done = 0;
 
   async function* bytesOf(name: string, tensor: Tensor): AsyncGenerator<Uint8Array, void, undefined> {
@@ -73,10 +77,18 @@ export async function saveMistral(model: Mistral, folder: SinkFolder, options: S
     }
   }
 
-  const entries = [...parameters].map(([name, tensor]): TensorEntry => {
-    return { name, dtype, shape: tensor.shape, data: () => bytesOf(name, tensor) };
-  });
-  const config = withMistralConfig(model.config, { torch_dtype: torchNames[dtype] });
+  const entries: TensorEntry[] = [];
+  let quantized: { doubleQuantized: boolean } | undefined;
+  for (const [name, tensor] of parameters) {
+    if (inFourBits(tensor)) {
+      entries.push(...(await quantizedEntries(name, tensor)));
+      quantized = { doubleQuantized: tensor.dtype === 'nf4' };
+    } else entries.push({ name, dtype, shape: tensor.shape, data: () => bytesOf(name, tensor) });
+  }
+  const config = withQuantization(
+    withMistralConfig(withQuantization(model.config, undefined), { torch_dtype: torchNames[dtype] }),
+    quantized,
+  );
   const layout: CheckpointOptions = options.maxShardBytes === undefined ? {} : { maxShardBytes: options.maxShardBytes };
   options.signal?.throwIfAborted();
   const sink = await folder.create('config.json');
@@ -128,16 +140,18 @@ async function* slicesOf(tensor: Tensor): AsyncGenerator<Float32Array, void, und
     return;
   }
   const step = Math.max(1, Math.floor(sliceSize / tensor.columns));
-  for (let row = 0; row < tensor.rows; row += step) {
-    const count = Math.min(step, tensor.rows - row);
-    const slice = scope(() => {
-      const index = Int32Array.from({ length: count }, (_, i) => row + i);
-      return keep(gatherRows(tensor, tensor.device.fromArray(index, [count], 'i32')));
-    });
-    try {
-      yield new Float32Array(await slice.read());
-    } finally {
-      slice.dispose();
+  for (const part of tensor.parts) {
+    for (let row = 0; row < part.rows; row += step) {
+      const count = Math.min(step, part.rows - row);
+      const slice = scope(() => {
+        const index = Int32Array.from({ length: count }, (_, i) => row + i);
+        return keep(gatherRows(part, tensor.device.fromArray(index, [count], 'i32')));
+      });
+      try {
+        yield new Float32Array(await slice.read());
+      } finally {
+        slice.dispose();
+      }
     }
   }
 }

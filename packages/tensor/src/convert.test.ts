@@ -1,10 +1,13 @@
 import { relativeError, testDevice } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import { type ByteSource, memorySink, memorySource } from './byte-source.js';
-import { loadTensor } from './convert.js';
-import { planDevice } from './device.js';
+import { loadTensor, writeRows } from './convert.js';
+import { openDevice, planDevice } from './device.js';
 import { decodeFloats, encodeFloats, type StoredFloat } from './float-bytes.js';
+import { quantize } from './quantized.js';
 import { openSafetensors, type TensorEntry, type TensorFile, writeSafetensors } from './safetensors.js';
+import { keep, scope } from './scope.js';
+import { Tensor } from './tensor.js';
 
 const device = await testDevice();
 
@@ -30,8 +33,8 @@ it.each([
   ['F32', 'f16'],
   ['F64', 'f32'],
 ] as const)('loadTensor: %s to %s, rows that are padded, several slices', async (from, dtype) => {
-  // Rows of 13 values; 4 MiB end in the midst of the rows.
-  const shape = [Math.ceil((5 << 20) / 13 / 2), 13];
+  // Rows of 13 values, 4.2 MiB: the first slice ends in their midst.
+  const shape = [Math.ceil((4.2 * 2 ** 20) / 13 / ({ BF16: 2, F16: 2, F32: 4, F64: 8 } as const)[from]), 13];
   const values = numbers(shape[0] * shape[1]);
   const file = await fileOf([entry(from, shape, values)]);
   const { liveBytes } = device.stats();
@@ -48,6 +51,32 @@ it.each([
   expect(device.stats().liveBytes).toBe(liveBytes);
 });
 
+it.each([
+  ['BF16', 8],
+  ['BF16', 13],
+  ['F16', 8],
+  ['F32', 8],
+  ['F32', 13],
+] as const)('loadTensor: %s to f16 rounds as the host does, in rows of %s', async (from, columns) => {
+  // Every 16-bit pattern; in F32 with lower bits that are zero, a half, and on either side of it.
+  const rows = Math.ceil((from === 'F32' ? 6 : 1) * (65536 / columns));
+  const words = Uint32Array.from({ length: rows * columns }, (_, i) => {
+    const low = [0, 1, 0xfff, 0x1000, 0x1001, 0x3000][Math.floor(i / 65536)] ?? 0;
+    return ((i & 0xffff) << 16) | low;
+  });
+  const data =
+    from === 'F32'
+      ? new Uint8Array(words.buffer)
+      : new Uint8Array(Uint16Array.from(words, (_, i) => i & 0xffff).buffer);
+  const file = await fileOf([{ name: 'w', dtype: from, shape: [rows, columns], data }]);
+  const host = encodeFloats(decodeFloats(data, from), 'F16', { saturate: true });
+  const { tensor, report } = await loadTensor(device, file, 'w', { dtype: 'f16' });
+  expect(report).toEqual({ overflows: host.overflowed, nonFinite: host.nonFinite });
+  const [found, wanted] = [await tensor.read(), decodeFloats(host.bytes, 'F16')];
+  expect(wanted.findIndex((value, i) => !Object.is(value, found[i]))).toBe(-1);
+  tensor.dispose();
+});
+
 it('loadTensor: counts what f16 cannot hold, and what is no number', async () => {
   const values = Float32Array.of(1, 1e5, -2e5, Infinity, NaN, 65504);
   const file = await fileOf([entry('F32', [2, 3], values)]);
@@ -60,48 +89,91 @@ it('loadTensor: counts what f16 cannot hold, and what is no number', async () =>
   single.tensor.dispose();
 });
 
+/** A 16-bit file of one tensor whose rows hold their number's bits, made as they are read. */
+async function countedRows(dtype: 'F16' | 'BF16', shape: readonly [number, number]): Promise<TensorFile> {
+  const [rows, columns] = shape;
+  const small = await fileOf([{ name: 'w', dtype, shape: [1, 1], data: new Uint8Array(2) }]);
+  const info = { ...small.info('w'), shape, byteLength: 2 * rows * columns };
+  const readRange = (_name: string, from: number, to: number): Promise<Uint8Array> => {
+    const words = new Uint16Array((to - from) / 2);
+    const first = from / 2 / columns;
+    for (let row = 0; row * columns < words.length; row++) words.fill(first + row, row * columns, (row + 1) * columns);
+    return Promise.resolve(new Uint8Array(words.buffer));
+  };
+  return {
+    name: 'rows',
+    metadata: new Map(),
+    tensors: new Map([['w', info]]),
+    info: () => info,
+    readRange,
+    read: () => readRange('w', 0, info.byteLength),
+    readFloats: (name) => small.readFloats(name),
+    chunks: (name) => small.chunks(name),
+    close: () => small.close(),
+  };
+}
+
 it('loadTensor: a matrix larger than one binding, in parts that no slice crosses', async () => {
-  // 136 MiB against 128; the rows are counted, so that each is told from every other.
-  const shape = [34_000, 2048];
-  const bytes = new Uint8Array(2 * shape[0] * shape[1]);
-  const words = new Uint16Array(bytes.buffer);
-  for (let row = 0; row < shape[0]; row++) words.fill(row, row * shape[1], (row + 1) * shape[1]);
-  const file = await fileOf([{ name: 'w', dtype: 'F16', shape, data: bytes }]);
-  const { tensor } = await loadTensor(device, file, 'w', { dtype: 'f16' });
-  const limit = Math.min(device.limits.maxStorageBufferBindingSize, device.limits.maxBufferSize);
-  expect(tensor.parts.length).toBe(Math.ceil(bytes.byteLength / limit));
-  expect(device.stats().peakParts.weights).toBeGreaterThanOrEqual(bytes.byteLength);
+  // 136 MiB against 128. Without poison, which would take longer than all the rest.
+  const [rows, columns] = [34_000, 2048];
+  const plain = await openDevice();
+  const { tensor } = await loadTensor(plain, await countedRows('F16', [rows, columns]), 'w', { dtype: 'f16' });
+  const limit = Math.min(plain.limits.maxStorageBufferBindingSize, plain.limits.maxBufferSize);
+  expect(tensor.parts.length).toBe(Math.ceil((2 * rows * columns) / limit));
+  expect(plain.stats().peakParts.weights).toBeGreaterThanOrEqual(2 * rows * columns);
   let first = 0;
   for (const part of tensor.parts) {
-    for (const row of [0, part.rows - 1]) {
+    for (const row of [0, 1024, part.rows - 1]) {
       const [value] = decodeFloats(new Uint8Array(Uint16Array.of(first + row).buffer), 'F16');
-      const line = part.parts[0].slice(row * 4096, [2048]);
-      expect(new Set(await line.read())).toEqual(new Set([value]));
+      const line = part.slice(row * 2 * columns, [columns]);
+      // Patterns from 0x7c00 on are infinite or none.
+      if (Number.isFinite(value)) expect(new Set(await line.read())).toEqual(new Set([value]));
       line.dispose();
     }
     first += part.rows;
   }
-  expect(first).toBe(shape[0]);
-  tensor.dispose();
-  device.trim();
+  expect(first).toBe(rows);
+  plain.destroy();
 });
 
 it('loadTensor: on a plan of default limits, the embedding of Mistral-7B lies in two parts beside a few slices', async () => {
-  const shape = [32_000, 4096];
-  const zeros = new Uint8Array(4 << 20);
-  const header = await fileOf([{ name: 'w', dtype: 'BF16', shape: [1, 1], data: new Uint8Array(2) }]);
-  const info = { ...header.info('w'), shape, byteLength: 2 * shape[0] * shape[1] };
-  const file: TensorFile = {
-    ...header,
-    info: () => info,
-    readRange: (_name, from, to) => Promise.resolve(zeros.subarray(0, to - from)),
-  };
+  const file = await countedRows('BF16', [32_000, 4096]);
   const plan = planDevice();
   const { tensor } = await loadTensor(plan, file, 'w', { dtype: 'f16' });
   expect(tensor.parts.map((part) => part.rows)).toEqual([16_000, 16_000]);
   const { peakBytes, liveBytes } = plan.stats();
-  expect(liveBytes).toBe(info.byteLength);
+  expect(liveBytes).toBe(2 * 32_000 * 4096);
   expect(peakBytes - liveBytes).toBeLessThan(16 << 20);
+});
+
+it('loadTensor: to nf4 as quantize() makes it of the values in f32, whatever the slices', async () => {
+  // Rows of 72 are no whole blocks; 5 MiB are two slices.
+  const shape = [36_416, 72];
+  const { liveBytes } = device.stats();
+  const file = await fileOf([entry('BF16', shape, numbers(shape[0] * shape[1]))]);
+  const { tensor } = await loadTensor(device, file, 'w', { dtype: 'nf4' });
+  const single = await loadTensor(device, file, 'w', { dtype: 'f32' });
+  const once = scope(() => keep(quantize(single.tensor, 'nf4')));
+  const [found, wanted] = [await tensor.read(), await once.read()];
+  expect(wanted.findIndex((value, i) => !Object.is(value, found[i]))).toBe(-1);
+  for (const x of [tensor, single.tensor, once]) x.dispose();
+  const broken = await fileOf([entry('F32', [1, 8], Float32Array.of(1, 2, 3, 4, NaN, 6, 7, 8))]);
+  await expect(loadTensor(device, broken, 'w', { dtype: 'nf4' })).rejects.toThrow('1 values of w are not finite');
+  expect(device.stats().liveBytes).toBe(liveBytes);
+});
+
+it.each(['f32', 'f16'] as const)('writeRows: rows across the parts of a matrix, %s', async (dtype) => {
+  const matrix = scope(() => {
+    const parts = [4, 1, 3].map((rows) => device.zeros([rows, 5], dtype));
+    keep(parts);
+    return keep(new Tensor(device, { parts }, [8, 5], dtype));
+  });
+  const values = Float32Array.from({ length: 25 }, (_, i) => i + 1);
+  writeRows(matrix, 2, values);
+  expect([...(await matrix.read())]).toEqual([...new Float32Array(10), ...values, ...new Float32Array(5)]);
+  expect(() => writeRows(matrix, 4, values)).toThrow('writeRows: 25 values from row 4 on are not whole rows of [8, 5]');
+  expect(() => writeRows(matrix, 0, values.subarray(1))).toThrow('are not whole rows');
+  matrix.dispose();
 });
 
 it('loadTensor: an error of reading and an interruption free the tensor', async () => {

@@ -1,8 +1,9 @@
 /** Checkpoint bytes to tensors: raw slices go up, and integer-only kernels convert them on the device. */
-import { columnsOf, pitchOf, rowsOf } from './dtype.js';
+import { bytesPerElement, columnsOf, encode, pitchOf, rowsOf } from './dtype.js';
 import type { Device } from './device.js';
-import { DTypeError } from './errors.js';
+import { DTypeError, ShapeError } from './errors.js';
 import { defineKernel, type Kernel } from './kernel.js';
+import { Quantizer } from './quantized.js';
 import type { TensorFile, TensorInfo } from './safetensors.js';
 import { keep, scope } from './scope.js';
 import type { Tensor } from './tensor.js';
@@ -21,73 +22,91 @@ export interface ConversionReport {
   readonly nonFinite: number;
 }
 
-// f32 bits of element e of the raw slice.
+/** Steps of a thread, so that adding up the counts costs little. */
+const steps = 8;
+
+// f32 bits of element e of the raw slice; and of all elements in one 16-byte item, four by four.
 const sources = {
-  BF16: 'let w = raw_load(e >> 1u); return select(w << 16u, w & 0xffff0000u, (e & 1u) == 1u);',
-  F16: 'return bitcast<u32>(unpack2x16float(raw_load(e >> 1u))[e & 1u]);',
-  F32: 'return raw_load(e);',
+  BF16: {
+    element: 'let w = word(e >> 1u); return select(w << 16u, w & 0xffff0000u, (e & 1u) == 1u);',
+    quads: [
+      'vec4<u32>(w.x << 16u, w.x & 0xffff0000u, w.y << 16u, w.y & 0xffff0000u)',
+      'vec4<u32>(w.z << 16u, w.z & 0xffff0000u, w.w << 16u, w.w & 0xffff0000u)',
+    ],
+  },
+  F16: {
+    element: 'return bitcast<u32>(unpack2x16float(word(e >> 1u))[e & 1u]);',
+    quads: [
+      'bitcast<vec4<u32>>(vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y)))',
+      'bitcast<vec4<u32>>(vec4<f32>(unpack2x16float(w.z), unpack2x16float(w.w)))',
+    ],
+  },
+  F32: { element: 'return word(e);', quads: ['w'] },
 } as const;
 
 type Source = keyof typeof sources;
 
-// Round to nearest even on integers, the same on every device; too large values saturate and are counted.
+// Round to nearest even on integers, the same on every device; too large values saturate and are counted. Without
+// branches: four times as fast on software devices.
 const toHalf = `
-fn half_bits(b: u32) -> u32 {
-  let sign = (b >> 16u) & 0x8000u;
-  let e = i32((b >> 23u) & 255u) - 112;
-  let m = b & 0x7fffffu;
-  if (e == 143) { bad += 1u; return sign | select(0x7c00u, 0x7e00u, m != 0u); }
-  if (e >= 31) { big += 1u; return sign | 0x7bffu; }
-  if (e < -10) { return sign; }
-  var kept: u32;
-  var rest: u32;
-  var half: u32;
-  if (e <= 0) {
-    let full = m | 0x800000u;
-    let shift = u32(14 - e);
-    kept = full >> shift;
-    rest = full & ((1u << shift) - 1u);
-    half = 1u << (shift - 1u);
-  } else {
-    kept = (u32(e) << 10u) | (m >> 13u);
-    rest = m & 0x1fffu;
-    half = 0x1000u;
-  }
-  kept += select(0u, 1u, rest > half || (rest == half && (kept & 1u) == 1u));
-  if (kept >= 0x7c00u) { big += 1u; kept = 0x7bffu; }
-  return sign | kept;
+fn half_bits(b: vec4<u32>) -> vec4<u32> {
+  let size = b & vec4<u32>(0x7fffffffu);
+  let normal = (size - vec4<u32>(0x38000000u) + vec4<u32>(0xfffu) + ((size >> vec4<u32>(13u)) & vec4<u32>(1u))) >> vec4<u32>(13u);
+  let full = (size & vec4<u32>(0x7fffffu)) | vec4<u32>(0x800000u);
+  let shift = min(vec4<u32>(126u) - min(size >> vec4<u32>(23u), vec4<u32>(112u)), vec4<u32>(25u));
+  let kept = full >> shift;
+  let rest = full & ((vec4<u32>(1u) << shift) - vec4<u32>(1u));
+  let up = rest + (kept & vec4<u32>(1u)) > vec4<u32>(1u) << (shift - vec4<u32>(1u));
+  let small = kept + select(vec4<u32>(0u), vec4<u32>(1u), up);
+  var h = select(normal, small, size < vec4<u32>(0x38800000u));
+  let over = size >= vec4<u32>(0x477ff000u);
+  h = select(h, vec4<u32>(0x7bffu), over);
+  h = select(h, vec4<u32>(0x7c00u), size >= vec4<u32>(0x7f800000u));
+  h = select(h, vec4<u32>(0x7e00u), size > vec4<u32>(0x7f800000u));
+  big += select(vec4<u32>(0u), vec4<u32>(1u), over & (size < vec4<u32>(0x7f800000u)));
+  return h | ((b >> vec4<u32>(16u)) & vec4<u32>(0x8000u));
 }`;
 
-function convertKernel(from: Source, to: 'f32' | 'f16'): Kernel {
-  const element = (j: number): string =>
-    `select(0u, bits(row * P.columns + column + ${j}u), column + ${j}u < P.columns)`;
+/** @param flat rows without padding on either side: the slice is one run of 16-byte items */
+function convertKernel(from: Source, to: 'f32' | 'f16', flat: boolean): Kernel {
+  const { element, quads } = sources[from];
+  const at = (j: number): string => `select(0u, bits(row * P.columns + column + ${j}u), column + ${j}u < P.columns)`;
+  const item = flat
+    ? `let w = raw[i]; ${quads.map((quad, j) => `convert(${quads.length}u * i + ${j}u, ${quad});`).join(' ')}`
+    : `let row = i / P.row_quads;
+      let column = (i % P.row_quads) * 4u;
+      convert(i, vec4<u32>(${[0, 1, 2, 3].map(at).join(', ')}));`;
   return defineKernel({
-    name: `convert_${from.toLowerCase()}_${to}`,
-    bindings: { raw: 'read', out: 'write', counts: 'update' },
-    params: { quads: 'u32', row_quads: 'u32', columns: 'u32', first_quad: 'u32' },
+    name: `convert_${from.toLowerCase()}_${to}${flat ? '_flat' : ''}`,
+    // Whatever it holds, raw is bound as f16 in eights, which makes it an array of 16-byte items.
+    bindings: { raw: { access: 'read', width: 8 }, out: 'write', counts: 'update' },
+    params: { items: 'u32', row_quads: 'u32', columns: 'u32', first_quad: 'u32' },
     workgroupSize,
     body: `
 var<workgroup> bigs: array<u32, WORKGROUP>;
 var<workgroup> bads: array<u32, WORKGROUP>;
-var<private> big: u32 = 0u;
-var<private> bad: u32 = 0u;
-fn bits(e: u32) -> u32 { ${sources[from]} }
-fn not_finite(b: u32) -> bool { return (b & 0x7f800000u) == 0x7f800000u; }
-${toHalf}
+var<private> big: vec4<u32>;
+var<private> bad: vec4<u32>;
+fn word(i: u32) -> u32 { return raw[i >> 2u][i & 3u]; }
+fn bits(e: u32) -> u32 { ${element} }
+${to === 'f16' ? toHalf : ''}
+fn convert(quad: u32, b: vec4<u32>) {
+  bad += select(vec4<u32>(0u), vec4<u32>(1u), (b & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u));
+  ${
+    to === 'f32'
+      ? 'out[P.first_quad + quad] = bitcast<vec4<f32>>(b);'
+      : 'let h = half_bits(b); out[P.first_quad + quad] = vec2<u32>(h.x | (h.y << 16u), h.z | (h.w << 16u));'
+  }
+}
 fn kernel(group: u32, lane: u32) {
-  let i = group * WORKGROUP + lane;
-  if (i < P.quads) {
-    let row = i / P.row_quads;
-    let column = (i % P.row_quads) * 4u;
-    let b = vec4<u32>(${[0, 1, 2, 3].map(element).join(', ')});
-    ${
-      to === 'f32'
-        ? 'bad += u32(not_finite(b.x)) + u32(not_finite(b.y)) + u32(not_finite(b.z)) + u32(not_finite(b.w)); out[P.first_quad + i] = bitcast<vec4<f32>>(b);'
-        : 'out[P.first_quad + i] = vec2<u32>(half_bits(b.x) | (half_bits(b.y) << 16u), half_bits(b.z) | (half_bits(b.w) << 16u));'
+  for (var step = 0u; step < ${steps}u; step++) {
+    let i = (group * ${steps}u + step) * WORKGROUP + lane;
+    if (i < P.items) {
+      ${item}
     }
   }
-  bigs[lane] = big;
-  bads[lane] = bad;
+  bigs[lane] = big.x + big.y + big.z + big.w;
+  bads[lane] = bad.x + bad.y + bad.z + bad.w;
   workgroupBarrier();
   if (lane == 0u) {
     var sum = vec2<u32>(0u);
@@ -101,17 +120,22 @@ fn kernel(group: u32, lane: u32) {
 
 const kernels = new Map<string, Kernel>();
 
-function kernelFor(from: Source, to: 'f32' | 'f16'): Kernel {
-  const key = `${from} ${to}`;
-  const kernel = kernels.get(key) ?? convertKernel(from, to);
+function kernelFor(from: Source, to: 'f32' | 'f16', flat: boolean): Kernel {
+  const key = `${from} ${to} ${flat}`;
+  const kernel = kernels.get(key) ?? convertKernel(from, to, flat);
   kernels.set(key, kernel);
   return kernel;
 }
 
 /** Options of `loadTensor`. */
 export interface LoadTensorOptions {
-  /** Storage type on the device. F64 is rounded to f32 first. */
-  readonly dtype: 'f32' | 'f16';
+  /**
+   * Storage type on the device. F64 is rounded to f32 first. A matrix that is to be `nf4` is quantised slice by slice from
+   * its values in f32, which holds every BF16 and F16 exactly.
+   */
+  readonly dtype: 'f32' | 'f16' | 'nf4';
+  /** Rows to make room for, where they are more than the stored ones; nothing is in them before `writeRows`. */
+  readonly rows?: number | undefined;
   /** Called with the bytes of each slice once it has been read. */
   readonly onBytes?: ((bytes: number) => void) | undefined;
   readonly signal?: AbortSignal | undefined;
@@ -125,13 +149,14 @@ interface RowSlice {
   readonly count: number;
 }
 
-/** All rows in slices that lie within one part. */
-function rowSlices(parts: readonly number[], most: number): RowSlice[] {
+/** The first rows of parts, in slices of `most` that lie within one part. */
+function rowSlices(parts: readonly number[], rows: number, most: number): RowSlice[] {
   const slices: RowSlice[] = [];
   let at = 0;
-  parts.forEach((rows, part) => {
-    for (let row = 0; row < rows; row += most) {
-      const count = Math.min(most, rows - row);
+  parts.forEach((length, part) => {
+    const end = Math.min(length, rows - at);
+    for (let row = 0; row < end; row += most) {
+      const count = Math.min(most, end - row);
       slices.push({ part, row, at, count });
       at += count;
     }
@@ -173,12 +198,12 @@ class RowReader {
     return count * this.#rowBytes;
   }
 
-  /** The values in whole words. */
+  /** The values, with zeros up to a multiple of 16 bytes. */
   async read({ at, count }: RowSlice): Promise<Uint8Array<ArrayBuffer>> {
     const bytes = await this.#file.readRange(this.#info.name, at * this.#rowBytes, (at + count) * this.#rowBytes);
-    if (this.#info.dtype === 'F64') return new Uint8Array(decodeFloats(bytes, 'F64').buffer);
-    const padded = new Uint8Array(Math.ceil(bytes.byteLength / 4) * 4);
-    padded.set(bytes);
+    const raw = this.#info.dtype === 'F64' ? new Uint8Array(decodeFloats(bytes, 'F64').buffer) : bytes;
+    const padded = new Uint8Array(Math.ceil(raw.byteLength / 16) * 16);
+    padded.set(raw);
     return padded;
   }
 }
@@ -188,7 +213,7 @@ class RowReader {
  * before, and the host waits when 96 MiB are on their way, so its memory stays at that whatever the tensor's size. What
  * is larger than the device binds lies in parts (see `Device.emptyWeight`).
  * @returns the tensor, which the caller owns and which counts as weights, and what did not fit
- * @throws DTypeError when the stored tensor holds no floats
+ * @throws DTypeError when the stored tensor holds no floats, or something that is not finite for `nf4`
  */
 export async function loadTensor(
   device: Device,
@@ -197,17 +222,22 @@ export async function loadTensor(
   options: LoadTensorOptions,
 ): Promise<{ tensor: Tensor; report: ConversionReport }> {
   const info = file.info(name);
-  const { dtype } = options;
   const reader = new RowReader(file, info);
-  const { columns } = reader;
-  const rowQuads = pitchOf(columns, dtype) / 4;
-  const tensor = scope(() => keep(device.emptyWeight(info.shape, dtype).tag('weights')));
+  const { dtype } = options;
+  if (dtype === 'nf4') return loadQuantizing(device, reader, info, options);
+  const shape = options.rows === undefined ? info.shape : [options.rows, ...info.shape.slice(1)];
+  const tensor = scope(() => keep(device.emptyWeight(shape, dtype).tag('weights')));
   try {
-    const report = await convert(device, reader, {
+    const rowQuads = pitchOf(reader.columns, dtype) / 4;
+    const slices = rowSlices(
+      tensor.parts.map((part) => part.rows),
+      reader.rows,
+      reader.rowsPerSlice(1),
+    );
+    const report = await convert(device, reader, slices, {
       ...options,
-      parts: tensor.parts.map((part) => part.rows),
-      rowsPerSlice: reader.rowsPerSlice(1),
-      target: ({ part, row }) => ({ out: tensor.parts[part], firstQuad: row * rowQuads }),
+      dtype,
+      each: ({ part, row }, run) => run(tensor.parts[part], row * rowQuads),
     });
     return { tensor, report };
   } catch (error) {
@@ -216,24 +246,60 @@ export async function loadTensor(
   }
 }
 
-interface Conversion extends LoadTensorOptions {
-  /** Rows of each part. */
-  readonly parts: readonly number[];
-  readonly rowsPerSlice: number;
-  /** Where a slice goes: called in a scope, in order. */
-  readonly target: (slice: RowSlice) => { readonly out: Tensor; readonly firstQuad: number };
+const nf4SourceOf = { BF16: 'bfloat16', F16: 'float16', F32: 'float32' } as const;
+
+async function loadQuantizing(
+  device: Device,
+  reader: RowReader,
+  info: TensorInfo,
+  options: LoadTensorOptions,
+): Promise<{ tensor: Tensor; report: ConversionReport }> {
+  const quantizer = new Quantizer(device, info.shape, nf4SourceOf[reader.from]);
+  try {
+    // Eight rows, each a multiple of eight long, are whole blocks.
+    const report = await convert(device, reader, rowSlices([reader.rows], reader.rows, reader.rowsPerSlice(8)), {
+      ...options,
+      dtype: 'f32',
+      each: ({ at, count }, run) => {
+        const values = device.empty([count, reader.columns], 'f32');
+        run(values, 0);
+        quantizer.add(values, at);
+      },
+    });
+    if (report.nonFinite > 0) {
+      throw new DTypeError(
+        `${info.file}: ${report.nonFinite} values of ${info.name} are not finite, which 4 bits cannot hold; the checkpoint is broken`,
+      );
+    }
+    return { tensor: quantizer.finish().tag('weights'), report };
+  } catch (error) {
+    quantizer.dispose();
+    throw error;
+  }
+}
+
+interface Conversion {
+  readonly dtype: 'f32' | 'f16';
+  /** Called in a scope for each slice, in order: `run` converts it to where it is told. */
+  readonly each: (slice: RowSlice, run: (out: Tensor, firstQuad: number) => void) => void;
+  readonly onBytes?: ((bytes: number) => void) | undefined;
+  readonly signal?: AbortSignal | undefined;
 }
 
 async function convert(
   device: Device,
   reader: RowReader,
-  { dtype, parts, rowsPerSlice, target, onBytes, signal }: Conversion,
+  slices: readonly RowSlice[],
+  { dtype, each, onBytes, signal }: Conversion,
 ): Promise<ConversionReport> {
   const { columns } = reader;
-  const kernel = kernelFor(reader.from, dtype);
   const rowQuads = pitchOf(columns, dtype) / 4;
-  const slices = rowSlices(parts, rowsPerSlice);
-  const groups = Math.ceil((slices[0].count * rowQuads) / workgroupSize);
+  const perItem = reader.from === 'F32' ? 4 : 8;
+  const flat = columns % 8 === 0;
+  const kernel = kernelFor(reader.from, dtype, flat);
+  const itemsOf = (rows: number): number => (flat ? (rows * columns) / perItem : rows * rowQuads);
+  const groupsOf = (rows: number): number => Math.ceil(itemsOf(rows) / (workgroupSize * steps));
+  const groups = Math.max(...slices.map(({ count }) => groupsOf(count)));
   const counts = scope(() => keep(device.zeros([2 * groups], 'u32')));
   let next = reader.read(slices[0]);
   let done = Promise.resolve();
@@ -241,24 +307,26 @@ async function convert(
   try {
     for (const [i, slice] of slices.entries()) {
       signal?.throwIfAborted();
-      const raw = await next;
+      const bytes = await next;
       if (i + 1 < slices.length) {
         next = reader.read(slices[i + 1]);
         // Whoever awaits it hears of an error; until then it is no unhandled one.
         next.catch(() => {});
       }
       scope(() => {
-        const { out, firstQuad } = target(slice);
-        const quads = slice.count * rowQuads;
-        device.dispatch(
-          kernel,
-          { raw: device.fromBytes(raw, [raw.byteLength / 4], 'u32'), out, counts },
-          { quads, row_quads: rowQuads, columns, first_quad: firstQuad },
-          Math.ceil(quads / workgroupSize),
+        const raw = device.fromBytes(bytes, [bytes.byteLength / 2], 'f16');
+        const items = itemsOf(slice.count);
+        each(slice, (out, first_quad) =>
+          device.dispatch(
+            kernel,
+            { raw, out, counts },
+            { items, row_quads: rowQuads, columns, first_quad },
+            groupsOf(slice.count),
+          ),
         );
       });
       onBytes?.(reader.bytesOf(slice));
-      waiting += raw.byteLength;
+      waiting += bytes.byteLength;
       if (waiting < waitBytes) continue;
       await done;
       done = device.idle();
@@ -276,5 +344,29 @@ async function convert(
     return { overflows, nonFinite };
   } finally {
     counts.dispose();
+  }
+}
+
+/**
+ * Overwrites rows of a float matrix [O, D], in parts or whole.
+ * @param values of whole rows, the first of which is row `row`
+ */
+export function writeRows(matrix: Tensor, row: number, values: Float32Array): void {
+  const { dtype, columns, device } = matrix;
+  const end = row + values.length / columns;
+  if (!Number.isInteger(end) || row < 0 || end > matrix.rows) {
+    throw new ShapeError(
+      `writeRows: ${values.length} values from row ${row} on are not whole rows of [${matrix.shape.join(', ')}]`,
+    );
+  }
+  const rowBytes = matrix.pitch * bytesPerElement(dtype);
+  let first = 0;
+  for (const part of matrix.parts) {
+    const [from, to] = [Math.max(row, first), Math.min(end, first + part.rows)];
+    if (to > from) {
+      const rows = values.subarray((from - row) * columns, (to - row) * columns);
+      device.write(part, encode(rows, [to - from, columns], dtype), (from - first) * rowBytes);
+    }
+    first += part.rows;
   }
 }

@@ -102,4 +102,4 @@ export {
 } from './bnb-format.js';
 export { type Nf4Type, nf4DynamicMap, nf4Values } from './nf4.js';
 export { dequantize, type Nf4Source, nf4Sources, quantize, type QuantizeOptions, Quantizer } from './quantized.js';
-export { type ConversionReport, loadTensor } from './convert.js';
+export { type ConversionReport, loadTensor, type LoadTensorOptions, writeRows } from './convert.js';
