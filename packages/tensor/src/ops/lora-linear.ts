@@ -1,6 +1,7 @@
 /** A linear layer with a low-rank update beside its weight. Hu et al., "LoRA", 2021. */
 import type { DType } from '../dtype.js';
 import { defineOp, type Op } from '../op.js';
+import { scope } from '../scope.js';
 import type { Tensor } from '../tensor.js';
 import { gemm } from '../wgsl/gemm.js';
 import { addDropped, checkDropout, type DropoutOptions, dropped } from './dropout.js';
@@ -48,7 +49,7 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
       ],
     };
   },
-  vjp: ({ dys: [dy], saved: [x, w, a, b, xa], needs, attrs: { scale, dropout, dtypes }, shapes, into }) => {
+  vjp: ({ dys: [dy], saved: [x, w, a, b, xa], needs, attrs: { scale, dropout, dtypes }, shapes, into, spare }) => {
     if (dy === undefined) return [];
     const device = dy.device;
     const grad = (i: number): Tensor => device.empty(shapes[i], dtypes[i]);
@@ -62,8 +63,27 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
       g = device.empty([dy.rows, shapes[2][0]], 'f32');
       gemm(dy, b, g, { alpha: scale });
     }
+    if (needs[1] && x !== undefined) {
+      dw = grad(1);
+      gemm(dy, x, dw, { transA: true });
+    }
+    if (needs[2] && x !== undefined && g !== undefined) {
+      const [bottleneck, sum] = [g, into[2] ?? grad(2)];
+      da = sum;
+      scope(() =>
+        gemm(bottleneck, dropout === undefined ? x : dropped(x, dropout, 'f32'), sum, {
+          transA: true,
+          accumulate: into[2] !== undefined,
+        }),
+      );
+    }
+    if (needs[3] && xa !== undefined) {
+      db = into[3] ?? grad(3);
+      gemm(dy, xa, db, { transA: true, accumulate: into[3] !== undefined });
+    }
     if (needs[0] && w !== undefined && a !== undefined && g !== undefined) {
-      dx = grad(0);
+      // x was read for the last time above: for down_proj the largest tensor of a block.
+      dx = x !== undefined && spare[0] ? x : grad(0);
       if (dropout === undefined) gemm(dy, w, dx, { tail: { a: g, b: a } });
       else {
         gemm(dy, w, dx);
@@ -71,21 +91,6 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
         gemm(g, a, through);
         dx = addDropped(dx, through, dropout);
       }
-    }
-    if (needs[1] && x !== undefined) {
-      dw = grad(1);
-      gemm(dy, x, dw, { transA: true });
-    }
-    if (needs[2] && x !== undefined && g !== undefined) {
-      da = into[2] ?? grad(2);
-      gemm(g, dropout === undefined ? x : dropped(x, dropout, 'f32'), da, {
-        transA: true,
-        accumulate: into[2] !== undefined,
-      });
-    }
-    if (needs[3] && xa !== undefined) {
-      db = into[3] ?? grad(3);
-      gemm(dy, xa, db, { transA: true, accumulate: into[3] !== undefined });
     }
     return [dx, dw, da, db];
   },

@@ -1,241 +1,279 @@
 /**
- * Matrix products: out = alpha * op(a) op(b) (+ out), f32 accumulators, any storage type of each operand.
+ * Matrix products: out = alpha * (op(a) op(b) + op(a2) op(b2)) (+ out), f32 sums, any storage type of each operand.
  *
  * op(a) is [M, K], op(b) is [K, N]. `transA` says that a is stored [K, M]; `transB` that b is stored [N, K]. So NT
- * (transB) is a linear layer's forward, NN its gradient with respect to the input, TN the one of its weight.
+ * (transB) is a linear layer's forward, NN its gradient with respect to the input, TN the one of its weight. The second
+ * product, the `tail`, goes on in the same sums: a low-rank update beside a weight costs no pass over the output.
  *
- * Two tiers with the same arguments:
- * - `broadcast`: a workgroup is one subgroup of 8 lanes, up to 32 rows by 32 columns, no shared memory and no barrier.
- *   The lanes hold the tile's rows of a between them and broadcast them. For software devices (lavapipe: 8 lanes),
- *   where it is several times faster than shared memory.
- * - `shared`: 64 by 64 tiles through workgroup memory, 4 by 4 a thread, 256 threads, for everything else.
+ * Order of a sum: ascending k with f32 fma, then the tail's; or, for products with few elements and a long K (see
+ * `isSliced`: by the shape alone), 16 slices of K each by itself in that order, their sums added in order, the tail's
+ * last. Every tier (gemm-broadcast.ts, gemm-direct.ts, gemm-shared.ts) and every tile size keeps it, so which one runs
+ * changes no bit: gemm-choice.ts says which. Row padding is zero, so a reduction along the last axis of both operands
+ * may run into it.
  *
- * The reduction runs in ascending k in both, and depends on no tile choice. Row padding is zero, so a reduction along
- * the last axis of an operand may run into it.
+ * A `b` in parts by rows (see `Tensor.parts`): with transB each part gives columns of out; else each is a stretch of K, two
+ * in one kernel, and further ones are added in f32, which is another order than that of a whole matrix.
  */
-import { ShapeError } from '../errors.js';
+import { DeviceError, ShapeError } from '../errors.js';
 import { defineKernel, type Kernel } from '../kernel.js';
 import type { Tensor } from '../tensor.js';
+import { broadcastKernel } from './gemm-broadcast.js';
+import { type GemmClass, gemmChoice, type GemmTier } from './gemm-choice.js';
+import { directKernel } from './gemm-direct.js';
+import { type GemmVariant, slices, suffix } from './gemm-parts.js';
+import { sharedKernel } from './gemm-shared.js';
 
-/** Arguments of `gemm`. Leading axes of `a`, `b` and `out` before the last two must agree: a batch. */
+/** The second product of `gemm`: operands in the same orientation as the first ones. */
+export interface GemmTail {
+  readonly a: Tensor;
+  readonly b: Tensor;
+}
+
+/** Arguments of `gemm`. */
 export interface GemmOptions {
+  /** a is stored [K, M]. */
   readonly transA?: boolean;
+  /** b is stored [N, K]. */
   readonly transB?: boolean;
-  /** Factor of the product; default 1. */
+  /** Factor of the products; default 1. */
   readonly alpha?: number;
   /** Adds to what is in `out`; default false overwrites it. */
   readonly accumulate?: boolean;
-  /** Treats all axes but the last as rows of one matrix (default), or keeps the leading axes as a batch. */
+  /** Treats all axes but the last as rows of one matrix (default), or keeps the leading axes as a batch: those of a, b and out must agree. */
   readonly batched?: boolean;
+  /** Adds this product to the same sums. Not with `transA` or `batched`. */
+  readonly tail?: GemmTail;
 }
 
-const params = {
-  m: 'u32',
-  n: 'u32',
-  k: 'u32',
-  lda: 'u32',
-  ldb: 'u32',
-  ldo: 'u32',
-  tiles_m: 'u32',
-  tiles_n: 'u32',
-  batch_a: 'u32',
-  batch_b: 'u32',
-  batch_o: 'u32',
-  alpha: 'f32',
-} as const;
+/** True where K is summed in slices: too few elements of out to fill a device, and a K that is worth it. */
+export function isSliced(m: number, n: number, k: number): boolean {
+  return k >= 512 && (Math.min(m, n) <= 32 || Math.ceil(m / 64) * Math.ceil(n / 64) <= 16);
+}
 
-const xyzw = ['x', 'y', 'z', 'w'] as const;
-const range = (n: number): number[] => Array.from({ length: n }, (_, i) => i);
+/** The class of a shape: tiers are chosen for each. */
+export function gemmClass(m: number, n: number, k: number): GemmClass {
+  if (isSliced(m, n, k)) return 'sliced';
+  return Math.ceil(m / 128) * Math.ceil(n / 128) >= 128 ? 'large' : 'small';
+}
 
-const store = (accumulator: string, at: string, column: string): string => `
-    var v = P.alpha * ${accumulator};
-    if (ACCUMULATE == 1u) { v += o_load4(${at}); }
-    o_store4(${at}, mask4(v, ${column}, P.n));`;
+const kernels = new Map<string, Kernel>();
 
-/** Body of the broadcast tier: `tile` rows by 32 columns, four steps of the reduction an iteration. */
-function broadcastBody(tile: number, transA: boolean, transB: boolean): string {
-  // Lane l holds four steps of rows l, l+8, ... of a; for transA, half of the rows (l % 2) of step l / 2.
-  const registers = range(tile / 8);
-  const loadA = transA
-    ? `let live = k0 + lane / 2u < P.k;
-    let from_a = (batch * P.batch_a + min(k0 + lane / 2u, P.k - 1u) * P.lda + i0 + (lane % 2u) * ${tile / 2}u) / 4u;
-    ${registers.map((q) => `let a${q} = select(vec4<f32>(0.0), a_load4(from_a + ${q}u), live);`).join('\n    ')}`
-    : registers.map((q) => `let a${q} = a_load4(row${q} + k0 / 4u);`).join('\n    ');
-  const loadB = transB
-    ? `${range(4)
-        .map((c) => `let b${c} = b_load4(column${c} + k0 / 4u);`)
-        .join('\n    ')}
-    ${range(4)
-      .map((k) => `let v${k} = vec4<f32>(b0.${xyzw[k]}, b1.${xyzw[k]}, b2.${xyzw[k]}, b3.${xyzw[k]});`)
-      .join('\n    ')}`
-    : range(4)
-        .map((k) => `let v${k} = b_load4((batch * P.batch_b + min(k0 + ${k}u, P.k - 1u) * P.ldb + j) / 4u);`)
-        .join('\n    ');
-  const value = (r: number, k: number): string => {
-    const half = r % (tile / 2);
-    return transA
-      ? `subgroupBroadcast(a${half >> 2}.${xyzw[half & 3]}, ${2 * k + Math.floor(r / (tile / 2))}u)`
-      : `subgroupBroadcast(a${r >> 3}.${xyzw[k]}, ${r & 7}u)`;
+function kernelOf(key: string, make: () => Kernel): Kernel {
+  let kernel = kernels.get(key);
+  if (kernel === undefined) {
+    kernel = make();
+    kernels.set(key, kernel);
+  }
+  return kernel;
+}
+
+/** A kernel and what a dispatch needs of it. */
+interface Chosen {
+  readonly kernel: Kernel;
+  readonly rows: number;
+  readonly columns: number;
+  readonly swapped: boolean;
+}
+
+function choose(tier: GemmTier, variant: GemmVariant, m: number, n: number, lanes: number): Chosen {
+  const key = suffix(variant);
+  if (tier === 'broadcast') {
+    // Lanes own four columns each: with few columns rows do better, and out is stored transposed.
+    const swapped = !variant.tail && n <= 16 && m > n;
+    const rows = swapped ? n : m;
+    // A smaller tile wastes less of a product with few rows.
+    const tile = Math.max(lanes, rows <= 8 ? 8 : rows <= 16 ? 16 : 32);
+    const shape = { lanes, tile, swapped };
+    const oriented = swapped ? { ...variant, transA: !variant.transB, transB: !variant.transA } : variant;
+    const kernel = kernelOf(`broadcast ${lanes} ${tile} ${swapped} ${key}`, () => broadcastKernel(oriented, shape));
+    return { kernel, rows: tile, columns: 4 * lanes, swapped };
+  }
+  if (tier === 'direct' || variant.sliced) {
+    const [rows, columns] = variant.sliced ? [16, 16] : [64, 32];
+    return { kernel: kernelOf(`direct ${key}`, () => directKernel(variant)), rows, columns, swapped: false };
+  }
+  const tile = tier === 'shared128' ? 128 : 64;
+  return {
+    kernel: kernelOf(`${tier} ${key}`, () => sharedKernel(variant, tile)),
+    rows: tile,
+    columns: tile,
+    swapped: false,
   };
-  // Row by row, so that a row's sums stay in registers through the four steps (1.7 times the speed of step by step).
-  const rows = range(tile).map((r) =>
-    range(4)
-      .map((k) => `s${r} = fma(vec4<f32>(${value(r, k)}), v${k}, s${r});`)
-      .join(' '),
+}
+
+/** One dispatch. Sizes are those of the product; starts are elements. */
+interface Call {
+  readonly m: number;
+  readonly n: number;
+  readonly k: number;
+  readonly transA: boolean;
+  readonly transB: boolean;
+  readonly sliced: boolean;
+  readonly alpha: number;
+  readonly accumulate: boolean;
+  readonly batches: number;
+  /** Columns of out to write, from `fromOut` on, padding included. */
+  readonly columns: number;
+  readonly fromA: number;
+  readonly fromOut: number;
+  readonly tail:
+    | { readonly a: Tensor; readonly b: Tensor; readonly k: number; readonly fromA: number; readonly fromB: number }
+    | undefined;
+  readonly kind: GemmClass;
+}
+
+function dispatch(a: Tensor, b: Tensor, out: Tensor, call: Call): void {
+  const { device } = out;
+  const { transA, transB, sliced, tail, m, n, k, batches } = call;
+  const variant: GemmVariant = { transA, transB, tail: tail !== undefined, sliced };
+  const { kernel, rows, columns, swapped } = choose(
+    gemmChoice(device)[call.kind],
+    variant,
+    m,
+    n,
+    device.info.subgroupSize,
   );
-  return `
-fn kernel(group: u32, lane: u32) {
-  let tile_m = group % P.tiles_m;
-  let tile_n = (group / P.tiles_m) % P.tiles_n;
-  let batch = group / (P.tiles_m * P.tiles_n);
-  let i0 = tile_m * ${tile}u;
-  let j = min(tile_n * 32u + lane * 4u, P.ldo - 4u);
-  ${transA ? '' : registers.map((q) => `let row${q} = (batch * P.batch_a + min(i0 + lane + ${8 * q}u, P.m - 1u) * P.lda) / 4u;`).join('\n  ')}
-  ${
-    transB
-      ? range(4)
-          .map((c) => `let column${c} = (batch * P.batch_b + min(j + ${c}u, P.n - 1u) * P.ldb) / 4u;`)
-          .join('\n  ')
-      : ''
-  }
-  ${range(tile)
-    .map((r) => `var s${r} = vec4<f32>(0.0);`)
-    .join(' ')}
-  for (var k0 = 0u; k0 < P.k; k0 += 4u) {
-    ${loadA}
-    ${loadB}
-    ${rows.join('\n    ')}
-  }
-  if (tile_n * 32u + lane * 4u >= P.ldo) { return; }
-  let at = (batch * P.batch_o + i0 * P.ldo + j) / 4u;
-  let step = P.ldo / 4u;
-  ${range(tile)
-    .map((r) => `if (i0 + ${r}u < P.m) {${store(`s${r}`, `at + ${r}u * step`, 'j')}\n  }`)
-    .join('\n  ')}
-}`;
+  const [first, second] = swapped ? [b, a] : [a, b];
+  const [tilesM, tilesN] = [Math.ceil((swapped ? n : m) / rows), Math.ceil((swapped ? m : n) / columns)];
+  const stride = (x: Tensor): number => (x.rows / batches) * x.pitch;
+  const operands = { a: first, b: second, o: out };
+  device.dispatch(
+    kernel,
+    tail === undefined ? operands : { ...operands, a2: tail.a, b2: tail.b },
+    {
+      m: swapped ? n : m,
+      n: swapped ? m : n,
+      k,
+      lda: first.pitch,
+      ldb: second.pitch,
+      ldo: out.pitch,
+      columns: call.columns,
+      from_a: swapped ? 0 : call.fromA,
+      from_b: swapped ? call.fromA : 0,
+      from_o: call.fromOut,
+      tiles_m: tilesM,
+      tiles_n: tilesN,
+      batch_a: stride(first),
+      batch_b: stride(second),
+      batch_o: stride(out),
+      slice: sliced ? 8 * Math.ceil(k / (8 * slices)) : k,
+      alpha: call.alpha,
+      ...(tail === undefined
+        ? {}
+        : { k2: tail.k, lda2: tail.a.pitch, ldb2: tail.b.pitch, from_a2: tail.fromA, from_b2: tail.fromB }),
+    },
+    tilesM * tilesN * batches,
+    { constants: call.accumulate ? { ACCUMULATE: 1 } : {}, flops: 2 * m * n * (k + (tail?.k ?? 0)) * batches },
+  );
 }
 
-function sharedBody(transA: boolean, transB: boolean): string {
-  // Tiles are kept with the reduction outermost: tile[k][row], so that a step reads vec4s along rows and columns.
-  const tile = (x: 'a' | 'b', alongK: boolean, start: string, size: string): string =>
-    alongK
-      ? `{ let r = lane / 4u; let k = (lane % 4u) * 4u;
-      var v = vec4<f32>(0.0);
-      if (${start} + r < ${size} && k0 + k < P.ld${x}) { v = ${x}_load4((batch * P.batch_${x} + (${start} + r) * P.ld${x} + k0 + k) / 4u); }
-      for (var c = 0u; c < 4u; c++) { tile_${x}[(k + c) * 64u + r] = v[c]; } }`
-      : `{ let k = lane / 16u; let r = (lane % 16u) * 4u;
-      var v = vec4<f32>(0.0);
-      if (k0 + k < P.k && ${start} + r < P.ld${x}) { v = ${x}_load4((batch * P.batch_${x} + (k0 + k) * P.ld${x} + ${start} + r) / 4u); }
-      for (var c = 0u; c < 4u; c++) { tile_${x}[k * 64u + r + c] = v[c]; } }`;
-  return `
-var<workgroup> tile_a: array<f32, 1024>;
-var<workgroup> tile_b: array<f32, 1024>;
-fn kernel(group: u32, lane: u32) {
-  let tile_m = group % P.tiles_m;
-  let tile_n = (group / P.tiles_m) % P.tiles_n;
-  let batch = group / (P.tiles_m * P.tiles_n);
-  let i0 = tile_m * 64u;
-  let j0 = tile_n * 64u;
-  let ti = (lane / 16u) * 4u;
-  let tj = (lane % 16u) * 4u;
-  ${range(4)
-    .map((r) => `var s${r} = vec4<f32>(0.0);`)
-    .join(' ')}
-  for (var k0 = 0u; k0 < P.k; k0 += 16u) {
-    ${tile('a', !transA, 'i0', 'P.m')}
-    ${tile('b', transB, 'j0', 'P.n')}
-    workgroupBarrier();
-    for (var k = 0u; k < 16u; k++) {
-      let at = k * 64u;
-      let v = vec4<f32>(tile_b[at + tj], tile_b[at + tj + 1u], tile_b[at + tj + 2u], tile_b[at + tj + 3u]);
-      ${range(4)
-        .map((r) => `s${r} = fma(vec4<f32>(tile_a[at + ti + ${r}u]), v, s${r});`)
-        .join('\n      ')}
-    }
-    workgroupBarrier();
-  }
-  let j = j0 + tj;
-  if (j >= P.ldo) { return; }
-  let at = (batch * P.batch_o + (i0 + ti) * P.ldo + j) / 4u;
-  let step = P.ldo / 4u;
-  ${range(4)
-    .map((r) => `if (i0 + ti + ${r}u < P.m) {${store(`s${r}`, `at + ${r}u * step`, 'j')}\n  }`)
-    .join('\n  ')}
-}`;
-}
-
-function variants(make: (transA: boolean, transB: boolean) => Kernel): readonly Kernel[] {
-  return [make(false, false), make(false, true), make(true, false), make(true, true)];
-}
-
-const suffix = (transA: boolean, transB: boolean): string => `${transA ? 't' : 'n'}${transB ? 't' : 'n'}`;
-
-const broadcastTiles = [8, 16, 32] as const;
-
-const broadcastKernels = broadcastTiles.map((tile) =>
-  variants((transA, transB) =>
-    defineKernel({
-      name: `gemm_broadcast${tile}_${suffix(transA, transB)}`,
-      bindings: { a: 'read', b: 'read', o: 'update' },
-      params,
-      constants: { ACCUMULATE: 0 },
-      workgroupSize: 8,
-      subgroups: true,
-      body: broadcastBody(tile, transA, transB),
-    }),
-  ),
-);
-
-const sharedKernels = variants((transA, transB) =>
-  defineKernel({
-    name: `gemm_shared_${suffix(transA, transB)}`,
-    bindings: { a: 'read', b: 'read', o: 'update' },
-    params,
-    constants: { ACCUMULATE: 0 },
-    workgroupSize: 256,
-    body: sharedBody(transA, transB),
-  }),
-);
-
-/** Writes alpha * op(a) op(b) into `out`, or adds it. Shapes are the caller's business beyond what is checked here. */
+/**
+ * Writes alpha * (op(a) op(b) + the tail's product) into `out`, or adds it.
+ * @throws ShapeError when the shapes do not fit
+ */
 export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {}): void {
-  const { transA = false, transB = false, alpha = 1, accumulate = false, batched = false } = options;
+  const { transA = false, transB = false, alpha = 1, accumulate = false, batched = false, tail } = options;
   const rows = (x: Tensor): number => (batched ? x.shape[x.shape.length - 2] : x.rows);
   const [m, k] = transA ? [a.columns, rows(a)] : [rows(a), a.columns];
   const [n, kb] = transB ? [rows(b), b.columns] : [b.columns, rows(b)];
   if (kb !== k || rows(out) !== m || out.columns !== n) {
     throw new ShapeError(`gemm: [${m}, ${k}] times [${kb}, ${n}] into [${rows(out)}, ${out.columns}]`);
   }
-  const device = out.device;
-  const broadcast = device.info.subgroupSize === 8;
-  // A smaller tile wastes less of a product with few rows; the sums are the same.
-  const size = Math.max(
-    0,
-    broadcastTiles.findIndex((tile) => m <= tile || tile === 32),
-  );
-  const kernel = (broadcast ? broadcastKernels[size] : sharedKernels)[(transA ? 2 : 0) + (transB ? 1 : 0)];
-  const tilesM = Math.ceil(m / (broadcast ? broadcastTiles[size] : 64));
-  const tilesN = Math.ceil(n / (broadcast ? 32 : 64));
-  const batches = batched ? out.rows / m : 1;
-  const stride = (x: Tensor): number => rows(x) * x.pitch;
-  device.dispatch(
-    kernel,
-    { a, b, o: out },
-    {
-      m,
-      n,
-      k,
-      lda: a.pitch,
-      ldb: b.pitch,
-      ldo: out.pitch,
-      tiles_m: tilesM,
-      tiles_n: tilesN,
-      batch_a: stride(a),
-      batch_b: stride(b),
-      batch_o: stride(out),
-      alpha,
-    },
-    tilesM * tilesN * batches,
-    { constants: accumulate ? { ACCUMULATE: 1 } : {}, flops: 2 * m * n * k * batches },
-  );
+  const k2 = tail?.a.columns ?? 0;
+  if (tail !== undefined) {
+    const [n2, kb2] = transB ? [tail.b.rows, tail.b.columns] : [tail.b.columns, tail.b.rows];
+    if (transA || batched || tail.a.rows !== m || n2 !== n || kb2 !== k2) {
+      throw new ShapeError(
+        `gemm: a tail of [${tail.a.rows}, ${k2}] times [${kb2}, ${n2}] does not fit [${m}, ${k}] times [${k}, ${n}]` +
+          (transA || batched ? '; with transA or batched there is none' : ''),
+      );
+    }
+  }
+  const call = {
+    m,
+    n,
+    k,
+    transA,
+    transB,
+    sliced: isSliced(m, n, k),
+    kind: gemmClass(m, n, k),
+    alpha,
+    accumulate,
+    batches: batched ? out.rows / m : 1,
+    columns: out.pitch,
+    fromA: 0,
+    fromOut: 0,
+    tail: tail && { a: tail.a, b: tail.b, k: k2, fromA: 0, fromB: 0 },
+  };
+  const { parts } = b;
+  if (parts.length === 1) return dispatch(a, b, out, call);
+  if (batched || transA || parts.some((part, i) => i < parts.length - 1 && part.rows % 8 !== 0)) {
+    throw new DeviceError(
+      `gemm: b [${b.shape.join(', ')}] lies in parts of ${parts.map((part) => part.rows).join(', ')} rows; ` +
+        'that takes parts of a multiple of 8 rows, and an a that is neither transposed nor a batch',
+    );
+  }
+  if (transB) return byColumns(a, parts, out, call);
+  alongK(a, parts, out, call);
+}
+
+/** Each part of b gives columns of out. */
+function byColumns(a: Tensor, parts: readonly Tensor[], out: Tensor, call: Call): void {
+  let from = 0;
+  for (const part of parts) {
+    const last = from + part.rows === call.n;
+    dispatch(a, part, out, {
+      ...call,
+      n: part.rows,
+      columns: last ? out.pitch - from : part.rows,
+      fromOut: from,
+      tail: call.tail && { ...call.tail, fromB: from * call.tail.b.pitch },
+    });
+    from += part.rows;
+  }
+}
+
+const roundSum = defineKernel({
+  name: 'gemm_round_sum',
+  bindings: { x: 'read', o: 'update' },
+  params: { quads: 'u32' },
+  constants: { ACCUMULATE: 0 },
+  workgroupSize: 128,
+  body: `
+fn kernel(group: u32, lane: u32) {
+  let i = group * WORKGROUP + lane;
+  if (i >= P.quads) { return; }
+  var v = x_load4(i);
+  if (ACCUMULATE == 1u) { v += o_load4(i); }
+  o_store4(i, v);
+}`,
+});
+
+/** Each part of b is a stretch of K. Two go into one kernel; what is left is added to f32 sums. */
+function alongK(a: Tensor, parts: readonly Tensor[], out: Tensor, call: Call): void {
+  const pieces: { readonly a: Tensor; readonly b: Tensor; readonly k: number; readonly fromA: number }[] = [];
+  let from = 0;
+  for (const part of parts) {
+    pieces.push({ a, b: part, k: part.rows, fromA: from });
+    from += part.rows;
+  }
+  if (call.tail !== undefined) pieces.push(call.tail);
+  const several = pieces.length > 2;
+  const sum = several && out.dtype !== 'f32' ? out.device.empty(out.shape, 'f32') : out;
+  for (let i = 0; i < pieces.length; i += 2) {
+    const [one, two] = [pieces[i], pieces.at(i + 1)];
+    dispatch(one.a, one.b, sum, {
+      ...call,
+      sliced: false,
+      k: one.k,
+      fromA: one.fromA,
+      accumulate: i > 0 || (call.accumulate && sum === out),
+      tail: two && { ...two, fromB: 0 },
+    });
+  }
+  if (sum === out) return;
+  const quads = (out.rows * out.pitch) / 4;
+  const constants = call.accumulate ? { ACCUMULATE: 1 } : {};
+  out.device.dispatch(roundSum, { x: sum, o: out }, { quads }, Math.ceil(quads / 128), { constants });
+  sum.dispose();
 }

@@ -1,0 +1,130 @@
+import { testDevice } from '@lorikeet/testing';
+import { expect, it } from 'vitest';
+import { planDevice } from '../device.js';
+import { type DType, f16Bits, f16Value } from '../dtype.js';
+import { ShapeError } from '../errors.js';
+import { scope } from '../scope.js';
+import type { Tensor } from '../tensor.js';
+import { gemm, type GemmOptions, isSliced } from './gemm.js';
+import { gemmChoice, gemmTiers, type GemmTier, setGemmChoice } from './gemm-choice.js';
+
+const device = await testDevice();
+
+/** Multiples of 1/64 below 1: exact in f16, and so are products of two in f32. */
+function values(count: number, seed: number): Float32Array {
+  let state = seed;
+  return Float32Array.from({ length: count }, () => {
+    state = (Math.imul(state, 1664525) + 1013904223) | 0;
+    return (state >> 25) / 64 + (state & 0xff00) / 2 ** 20;
+  });
+}
+
+interface Case {
+  readonly m: number;
+  readonly n: number;
+  readonly k: number;
+  readonly k2?: number;
+  readonly transA?: boolean;
+  readonly transB?: boolean;
+  readonly batch?: number;
+  readonly accumulate?: boolean;
+  readonly dtype: DType;
+}
+
+async function product(c: Case, tier: GemmTier): Promise<{ found: number[]; expected: number[] }> {
+  const { m, n, k, k2 = 0, transA = false, transB = false, batch = 1, accumulate = false, dtype } = c;
+  const before = gemmChoice(device);
+  setGemmChoice(device, { large: tier, small: tier, sliced: tier });
+  const leading = batch === 1 ? [] : [batch];
+  const made: Tensor[] = [];
+  const tensor = (shape: number[], seed: number, type: DType): [Tensor, Float32Array] => {
+    const host = values(
+      shape.reduce((x, y) => x * y, 1),
+      seed,
+    );
+    const x = device.fromArray(host, shape, type);
+    made.push(x);
+    // What is stored, f16 rounded.
+    return [x, type === 'f16' ? Float32Array.from(host, (v) => f16Value(f16Bits(v))) : host];
+  };
+  const [a, hostA] = tensor([...leading, ...(transA ? [k, m] : [m, k])], 1, dtype);
+  const [b, hostB] = tensor([...leading, ...(transB ? [n, k] : [k, n])], 2, dtype);
+  const [a2, hostA2] = tensor([m, Math.max(1, k2)], 3, 'f32');
+  const [b2, hostB2] = tensor(transB ? [n, Math.max(1, k2)] : [Math.max(1, k2), n], 4, 'f32');
+  const [out, hostOut] = accumulate
+    ? tensor([...leading, m, n], 5, 'f32')
+    : [device.empty([...leading, m, n], 'f32'), new Float32Array(batch * m * n)];
+  const options: GemmOptions = {
+    transA,
+    transB,
+    accumulate,
+    alpha: 0.5,
+    batched: batch > 1,
+    ...(k2 > 0 ? { tail: { a: a2, b: b2 } } : {}),
+  };
+  gemm(a, b, out, options);
+  setGemmChoice(device, before);
+  const found = Array.from(await out.read());
+  for (const x of new Set([...made, out])) x.dispose();
+  const expected = Array.from(hostOut);
+  for (let q = 0; q < batch; q++)
+    for (let i = 0; i < m; i++)
+      for (let j = 0; j < n; j++) {
+        let sum = 0;
+        for (let l = 0; l < k; l++)
+          sum +=
+            hostA[q * m * k + (transA ? l * m + i : i * k + l)] * hostB[q * n * k + (transB ? j * k + l : l * n + j)];
+        for (let l = 0; l < k2; l++) sum += hostA2[i * k2 + l] * hostB2[transB ? j * k2 + l : l * n + j];
+        expected[(q * m + i) * n + j] += 0.5 * sum;
+      }
+  return { found, expected };
+}
+
+function relativeError(found: readonly number[], expected: readonly number[]): number {
+  const norm = (x: readonly number[]): number => Math.sqrt(x.reduce((sum, v) => sum + v * v, 0));
+  return norm(found.map((v, i) => v - expected[i])) / norm(expected);
+}
+
+const nt = { transB: true };
+const tn = { transA: true };
+// One kernel a line and tier: few, since each takes seconds to compile on a software device.
+const cases: readonly Case[] = [
+  { dtype: 'f32', m: 67, n: 45, k: 37, ...nt },
+  { dtype: 'f16', m: 150, n: 140, k: 40, k2: 6, ...nt },
+  { dtype: 'f16', m: 35, n: 141, k: 43, k2: 6 },
+  { dtype: 'f16', m: 67, n: 45, k: 37, ...tn },
+  { dtype: 'f16', m: 5, n: 20, k: 9, batch: 3 },
+];
+
+// Of these the direct tier's kernel serves the shared ones too.
+const slicedCases: readonly Case[] = [
+  { dtype: 'f16', m: 37, n: 13, k: 530, accumulate: true, ...nt },
+  { dtype: 'f16', m: 3, n: 37, k: 530, k2: 6 },
+  { dtype: 'f16', m: 13, n: 70, k: 530, ...tn },
+];
+
+it.each([...cases, ...slicedCases])('is right, and the same bits in every tier: %o', async (c) => {
+  let first: readonly number[] | undefined;
+  const tiers = gemmTiers(device).filter((tier) => !isSliced(c.m, c.n, c.k) || !tier.startsWith('shared'));
+  for (const tier of tiers) {
+    const { found, expected } = await product(c, tier);
+    expect(relativeError(found, expected), tier).toBeLessThan(2e-6);
+    first ??= found;
+    expect(found, tier).toEqual(first);
+  }
+});
+
+it('refuses shapes that do not fit, and tiers that the device lacks', () => {
+  scope(() => {
+    const x = device.zeros([4, 8]);
+    const out = device.empty([4, 4], 'f32');
+    expect(() => gemm(x, device.zeros([4, 9]), out, { transB: true })).toThrow(ShapeError);
+    const tail = { a: device.zeros([4, 2]), b: device.zeros([4, 3]) };
+    expect(() => gemm(x, device.zeros([4, 8]), out, { transB: true, tail })).toThrow('a tail of [4, 2] times [3, 4]');
+  });
+  const plan = planDevice();
+  const tiers = { large: 'shared64', small: 'direct', sliced: 'broadcast' } as const;
+  expect(() => setGemmChoice(plan, tiers)).toThrow('sliced products cannot use the tier broadcast');
+  setGemmChoice(plan, { ...tiers, sliced: 'direct' });
+  expect(gemmChoice(plan).large).toBe('shared64');
+});
