@@ -147,15 +147,19 @@ export class Tape implements Recorder {
     // One that only leads to another is freed by the scope; a saved one waits for its other uses.
     if (remade === undefined) return result;
     remade.tensor = result.retain(id);
+    result.dispose();
     return remade.tensor;
   }
 
   /** True when nobody but `node`, which is being consumed, has a use for a value or a handle on its memory. */
   #isSpare(id: number, node: Node): boolean {
     const held = this.#held.get(id);
-    if (held === undefined || held.tensor.parts.length > 1 || held.tensor.storage.refs > 1) return false;
+    const { tensor, uses } = held ?? this.#remade.get(id) ?? { tensor: undefined, uses: 0 };
+    if (tensor === undefined || tensor.parts.length > 1 || tensor.storage.refs > 1) return false;
     const count = (ids: readonly (number | undefined)[]): number => ids.filter((i) => i === id).length;
-    return count(node.savedIds) === 1 && held.uses === 1 + (node.runsAgain ? count(node.inputIds) : 0);
+    // A node that was to run again holds its inputs for that, too; whoever needed it has been here already.
+    const again = held !== undefined && node.runsAgain ? count(node.inputIds) : 0;
+    return count(node.savedIds) === 1 && uses === 1 + again;
   }
 
   #release(id: number): void {
