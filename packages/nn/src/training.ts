@@ -1,4 +1,5 @@
 /** What a module may know of the training step it runs in, as a dynamic scope: no flag is kept in the modules. */
+import type { Tensor } from '@lorikeet/tensor';
 
 /** The step that is running; randomness depends on it and nothing else. */
 export interface TrainingContext {
@@ -6,6 +7,8 @@ export interface TrainingContext {
   readonly seed: number;
   /** Number of the micro-step: another one draws other masks. */
   readonly step: number;
+  /** The same number as a u32 scalar on the device. */
+  readonly counter?: Tensor | undefined;
 }
 
 let current: TrainingContext | undefined;

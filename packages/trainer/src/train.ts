@@ -114,6 +114,8 @@ export class Stepper {
   readonly #parameters: readonly Tensor[];
   readonly #checkpointing: boolean;
   readonly #seed: number;
+  /** Number of the running micro-step, for dropout: u32. */
+  readonly #counter: Tensor;
   #microStep = 0;
   /** True from the first gradient of a window until the step that takes them. */
   #collected = false;
@@ -128,6 +130,7 @@ export class Stepper {
     this.#parameters = this.optimizer.parameters.map(([, p]) => p);
     this.#checkpointing = options.gradient_checkpointing === true;
     this.#seed = options.seed ?? 42;
+    this.#counter = scope(() => keep(this.optimizer.scale.device.zeros([], 'u32'))).tag('optimizer');
   }
 
   /**
@@ -168,7 +171,9 @@ export class Stepper {
       for (const batch of window) {
         const step = this.#microStep++;
         // A micro-batch without supervised tokens adds nothing; the window is normalised as a whole.
-        if (batch.supervised > 0) withTraining({ seed: this.#seed, step }, () => scope(() => add(batch)));
+        if (batch.supervised === 0) continue;
+        scale.device.write(this.#counter, new Uint8Array(Uint32Array.of(step).buffer));
+        withTraining({ seed: this.#seed, step, counter: this.#counter }, () => scope(() => add(batch)));
       }
     } catch (error) {
       disposeSums(sums);
@@ -197,6 +202,7 @@ export class Stepper {
 
   /** Frees the optimizer's state. */
   dispose(): void {
+    this.#counter.dispose();
     this.optimizer.dispose();
   }
 }

@@ -52,9 +52,7 @@ export class LoraLinear extends PeftLayer {
     if (this.#merged.merged) return this.base_layer.forward(x);
     const context = trainingContext();
     const dropout =
-      context === undefined || this.#dropout === 0
-        ? undefined
-        : { p: this.#dropout, seed: context.seed, stream: this.#stream, step: context.step };
+      context === undefined || this.#dropout === 0 ? undefined : { ...context, p: this.#dropout, stream: this.#stream };
     return loraLinear(x, this.base_layer.weight, this.lora_A.weight, this.lora_B.weight, {
       scale: this.#scaling,
       dropout,

@@ -64,6 +64,17 @@ describe('dropout', () => {
     return values;
   };
 
+  it('has the mask of the step that a tensor holds, with the same parameters for all', async () => {
+    const counter = device.fromArray([5], [], 'u32');
+    expect(await maskOf({ ...base, step: 0, counter })).toEqual(await maskOf(base));
+    device.write(counter, new Uint8Array(Uint32Array.of(6).buffer));
+    const { parameterBytes } = device.stats();
+    expect(await maskOf({ ...base, step: 1, counter })).toEqual(await maskOf({ ...base, step: 6 }));
+    // Those of the other kernel alone.
+    expect(device.stats().parameterBytes - parameterBytes).toBe(256);
+    counter.dispose();
+  });
+
   it('keeps the share 1 - p and scales it', async () => {
     const mask = await maskOf(base, [100, 100]);
     expect(new Set(mask)).toEqual(new Set([0, Math.fround(4 / 3)]));

@@ -4,7 +4,7 @@
  */
 import type { DType } from '../dtype.js';
 import { LorikeetError } from '../errors.js';
-import { defineKernel, type Kernel } from '../kernel.js';
+import { type Binding, defineKernel, type Kernel } from '../kernel.js';
 import { defineOp, type Op } from '../op.js';
 import type { Tensor } from '../tensor.js';
 import { philox, philoxSource } from './philox.js';
@@ -19,12 +19,17 @@ export interface DropoutOptions {
   readonly stream: number;
   /** Of the forward pass: a whole number in 0..2^32-1. */
   readonly step: number;
+  /**
+   * `step` as a u32 scalar on the device, which is read in its stead: then repeated steps give their kernels the same
+   * parameters. It must hold the step until backward is done.
+   */
+  readonly counter?: Tensor | undefined;
 }
 
 // Philox gives four numbers: those of elements 4 i to 4 i + 3, counted without row padding. A quad of a row whose length
 // is no multiple of 4 straddles two such blocks.
-const mask = `${philoxSource}
-fn bits(block: u32) -> vec4<u32> { return philox(vec4<u32>(block, 0u, P.stream, P.step), vec2<u32>(P.seed_low, P.seed_high)); }
+const mask = (counted: boolean): string => `${philoxSource}
+fn bits(block: u32) -> vec4<u32> { return philox(vec4<u32>(block, 0u, P.stream, ${counted ? 'counter_load(0u)' : 'P.step'}), vec2<u32>(P.seed_low, P.seed_high)); }
 fn drop4(i: u32, v: vec4<f32>) -> vec4<f32> {
   let column = (i % P.row_quads) * 4u;
   let element = (i / P.row_quads) * P.columns + column;
@@ -51,38 +56,39 @@ const params = {
   factor: 'f32',
 } as const;
 
-const kernel = defineKernel({
-  name: 'dropout',
-  bindings: { x: 'read', out: 'write' },
-  params,
-  workgroupSize: 64,
-  body: `${mask}
-fn kernel(group: u32, lane: u32) {
-  let i = group * WORKGROUP + lane;
-  if (i < P.quads) { out_store4(i, drop4(i, x_load4(i))); }
-}`,
-});
+/** Kernels that take the step as a parameter, and from a tensor. */
+interface Pair {
+  readonly plain: Kernel;
+  readonly counted: Kernel;
+}
 
-const addKernel = defineKernel({
-  name: 'dropout_add',
-  bindings: { x: 'read', addend: 'read', out: 'write' },
-  params,
-  workgroupSize: 64,
-  body: `${mask}
+function pair(name: string, inputs: Readonly<Record<string, Binding>>, value: string): Pair {
+  const kernel = (counted: boolean): Kernel =>
+    defineKernel({
+      name: counted ? `${name}_counted` : name,
+      bindings: { ...inputs, ...(counted ? { counter: { access: 'read', width: 1 } } : {}), out: 'write' },
+      params,
+      workgroupSize: 64,
+      body: `${mask(counted)}
 fn kernel(group: u32, lane: u32) {
   let i = group * WORKGROUP + lane;
-  if (i < P.quads) { out_store4(i, addend_load4(i) + drop4(i, x_load4(i))); }
+  if (i < P.quads) { out_store4(i, ${value}); }
 }`,
-});
+    });
+  return { plain: kernel(false), counted: kernel(true) };
+}
+
+const kernels = pair('dropout', { x: 'read' }, 'drop4(i, x_load4(i))');
+const addKernels = pair('dropout_add', { x: 'read', addend: 'read' }, 'addend_load4(i) + drop4(i, x_load4(i))');
 
 const thresholdOf = (p: number): number => Math.min(0xffffffff, Math.round(p * 2 ** 32));
 
-function run(kernel: Kernel, tensors: Readonly<Record<string, Tensor>>, out: Tensor, options: DropoutOptions): void {
-  const { p, seed, stream, step } = options;
+function run(kernels: Pair, tensors: Readonly<Record<string, Tensor>>, out: Tensor, options: DropoutOptions): void {
+  const { p, seed, stream, step, counter } = options;
   const quads = (out.rows * out.pitch) / 4;
   out.device.dispatch(
-    kernel,
-    { ...tensors, out },
+    counter === undefined ? kernels.plain : kernels.counted,
+    { ...tensors, ...(counter === undefined ? {} : { counter }), out },
     {
       quads,
       row_quads: out.pitch / 4,
@@ -90,7 +96,7 @@ function run(kernel: Kernel, tensors: Readonly<Record<string, Tensor>>, out: Ten
       seed_low: seed % 2 ** 32,
       seed_high: Math.floor(seed / 2 ** 32),
       stream,
-      step,
+      step: counter === undefined ? step : 0,
       threshold: thresholdOf(p),
       factor: 1 / (1 - p),
     },
@@ -112,14 +118,14 @@ export function checkDropout({ p, seed, stream, step }: DropoutOptions, op: stri
 /** @internal Dropout without recording, into x's storage type unless told. */
 export function dropped(x: Tensor, options: DropoutOptions, dtype: DType = x.dtype): Tensor {
   const out = x.device.empty(x.shape, dtype);
-  run(kernel, { x }, out, options);
+  run(kernels, { x }, out, options);
   return out;
 }
 
 /** @internal addend + dropout(x) into a new tensor of the addend's type. */
 export function addDropped(addend: Tensor, x: Tensor, options: DropoutOptions): Tensor {
   const out = addend.device.empty(addend.shape, addend.dtype);
-  run(addKernel, { x, addend }, out, options);
+  run(addKernels, { x, addend }, out, options);
   return out;
 }
 
