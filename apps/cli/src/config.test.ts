@@ -188,8 +188,7 @@ describe('resolveConfig', () => {
 
   it.each([
     'packing: true',
-    'load_in_4bit: true',
-    'bnb_4bit_quant_type: nf4',
+    'load_in_8bit: true',
     'early_stopping_patience: 3',
     'load_best_model_at_end: true',
     'metric_for_best_model: loss',
@@ -207,6 +206,19 @@ describe('resolveConfig', () => {
     'lora: {modules_to_save: [lm_head]}',
     'lora: {loftq_config: {loftq_bits: 4}}',
   ])('%s is refused as not supported yet', (text) => expect(mistake(text)).toMatch(/not supported yet/));
+
+  it('4 bits: nf4 with double quantisation, which is told where it was not asked for', () => {
+    const asked = resolve('load_in_4bit: true\nbnb_4bit_quant_type: nf4\nbnb_4bit_use_double_quant: true');
+    expect(asked.config).toMatchObject({ load_in_4bit: true, bnb_4bit_quant_type: 'nf4' });
+    expect(asked.notes).toEqual([]);
+    expect(resolve('load_in_4bit: true\nbnb_4bit_compute_dtype: bfloat16').notes).toEqual([
+      'bnb_4bit_compute_dtype changes nothing here: sums are in float32, and activations are what `dtype` says',
+      '4-bit scales are quantised too (bnb_4bit_use_double_quant: true), which bitsandbytes does when told',
+    ]);
+    expect(resolve('load_in_4bit: false').config.load_in_4bit).toBe(false);
+    expect(mistake('load_in_4bit: true\nbnb_4bit_quant_type: fp4')).toMatch(/bnb_4bit_quant_type must be nf4, not "fp4"/);
+    expect(mistake('bnb_4bit_use_double_quant: false')).toMatch(/must be true: scales are always quantised again here/);
+  });
 
   it('takes inactive values of the same keys, such as those of adapter_config.json', () => {
     const { notes } = resolve(`

@@ -86,6 +86,12 @@ export interface Config {
   max_grad_norm: number;
   gradient_checkpointing: boolean;
   dtype: ConfigDType;
+  /** Stores the linear layers of the base in 4 bits; a checkpoint that has them so is kept so in any case. */
+  load_in_4bit: boolean;
+  /** The 4-bit type. */
+  bnb_4bit_quant_type: 'nf4';
+  /** Quantises the scales of 4-bit weights too. There is no other way here, and in bitsandbytes' files either is read. */
+  bnb_4bit_use_double_quant: boolean;
   /** Same as `dtype: float16`, the spelling of the Trainer. */
   fp16: boolean;
   seed: number;
@@ -203,6 +209,9 @@ const topShape = {
   max_grad_norm: z.number().min(0).default(1).describe('a number, 0 or more (0 switches clipping off)'),
   gradient_checkpointing: z.boolean().default(true).describe('true or false'),
   dtype: z.enum(['auto', 'float32', 'float16']).default('auto').describe('auto, float32 or float16'),
+  load_in_4bit: z.boolean().default(false).describe('true or false'),
+  bnb_4bit_quant_type: z.literal('nf4').default('nf4').describe('nf4'),
+  bnb_4bit_use_double_quant: z.literal(true).default(true).describe('true: scales are always quantised again here'),
   fp16: z.boolean().default(false).describe('true or false'),
   seed: z.int().min(0).max(0xffffffff).default(42).describe('a whole number from 0 to 4294967295'),
   data_seed: z.int().min(0).max(0xffffffff).nullable().default(null).describe('a whole number from 0 to 4294967295'),
@@ -273,6 +282,8 @@ const suggestions: Readonly<Record<string, string>> = {
 const noops: Readonly<Record<string, string>> = {
   device_map: 'the whole model runs on one adapter; `device` chooses it',
   attn_implementation: 'flash attention is always on',
+  bnb_4bit_compute_dtype: 'sums are in float32, and activations are what `dtype` says',
+  bnb_4bit_quant_storage: 'it is said of files alone',
   gradient_checkpointing_kwargs: 'checkpointing here has no variants',
   task_type: 'models are trained as causal language models',
   'lora.task_type': 'models are trained as causal language models',
@@ -300,11 +311,7 @@ interface LaterKey {
 /** Keys whose feature is not there yet. An inactive value passes, anything else is refused. */
 const later: Readonly<Record<string, LaterKey>> = {
   packing: { what: 'packing several rows into one sequence' },
-  load_in_4bit: { what: 'a 4-bit base model' },
-  load_in_8bit: { what: 'an 8-bit base model' },
-  bnb_4bit_quant_type: { what: 'a 4-bit base model' },
-  bnb_4bit_use_double_quant: { what: 'a 4-bit base model' },
-  bnb_4bit_compute_dtype: { what: 'a 4-bit base model' },
+  load_in_8bit: { what: 'an 8-bit base model', instead: '`load_in_4bit: true` takes half the room.' },
   bf16: {
     what: 'bfloat16',
     instead: 'WebGPU has no bfloat16; `dtype: float16` with loss scaling takes the same room.',
@@ -706,6 +713,11 @@ function crossCheck(config: Config, reader: Reader): void {
     complain(
       'eval_strategy',
       `eval_strategy: ${config.eval_strategy} needs validation data: set validation_file or a validation_split above 0`,
+    );
+  }
+  if (config.load_in_4bit && !has('bnb_4bit_use_double_quant')) {
+    reader.notes.push(
+      '4-bit scales are quantised too (bnb_4bit_use_double_quant: true), which bitsandbytes does when told',
     );
   }
   if (config.fp16 && config.dtype === 'float32')

@@ -126,6 +126,9 @@ const dtypeOption = (): Option =>
     'element type of base weights and activations (default: that of the checkpoint)',
   ).choices(['float32', 'float16']);
 
+const fourBitOption = (): Option =>
+  new Option('--load-in-4bit', 'store the linear layers in 4 bits (NF4, double quantisation)');
+
 function buildProgram(io: Io, run: Runner): Command {
   const program = new Command('lorikeet');
   program
@@ -188,6 +191,7 @@ lorikeet train -c run.yaml --json > log.jsonl    one JSON object a log step`,
     .option('--resume [checkpoint]', 'go on from the latest or the given checkpoint (not supported yet)')
     .option('--overwrite', 'replace the run that output_dir holds')
     .addOption(dtypeOption())
+    .addOption(fourBitOption())
     .addHelpText('after', () => {
       const rows = configKeys().map(({ key, takes, standard }) => [`  ${key}`, `${takes} (default: ${standard})`]);
       return `\nKeys of the run file:\n${formatTable(rows)}`;
@@ -222,6 +226,7 @@ lorikeet eval --model ./model --adapter ./out --data test.jsonl --json`,
       'run file whose templates are used (default: the adapter’s run.yaml, else what the columns of the data say)',
     )
     .addOption(dtypeOption())
+    .addOption(fourBitOption())
     .action(async (_options: unknown, command: Command) => {
       await run(command, async (context) => {
         const { runEval } = await import('./commands/eval.js');
@@ -247,6 +252,7 @@ lorikeet generate --model ./model --adapter ./out --prompt "Answer: " --temperat
     .option('--seed <n>', 'seed of the draw', integer(0))
     .option('--stop <text>', 'stop behind this text (may be given again)', collect)
     .addOption(dtypeOption())
+    .addOption(fourBitOption())
     .action(async (_options: unknown, command: Command) => {
       await run(command, async (context) => {
         const { runGenerate } = await import('./commands/generate.js');

@@ -10,10 +10,12 @@ import {
   type Mistral,
   type MistralConfig,
   parseMistralConfig,
+  type Quantization,
+  quantizationProblem,
   Tokenizer,
 } from '@lorikeet/mistral';
 import { type Adapter, type LoraConfig, loadAdapter, parseAdapterConfig } from '@lorikeet/peft';
-import { type Device, openDevice, parseJsonObject, type TensorFile } from '@lorikeet/tensor';
+import { type Device, openDevice, parseJsonObject, type SafetensorsDType, type TensorFile } from '@lorikeet/tensor';
 import { openCheckpointFolder, openFolder } from '@lorikeet/tensor/node';
 import type { Config, ConfigDType } from './config.js';
 import type { CommandContext } from './context.js';
@@ -198,12 +200,19 @@ export async function readAdapterFiles(
 export function deviceDType(dtype: ConfigDType | undefined, file: TensorFile): 'f32' | 'f16' {
   if (dtype === 'float32') return 'f32';
   if (dtype === 'float16') return 'f16';
-  return [...file.tensors.values()].some((info) => info.dtype === 'F32' || info.dtype === 'F64') ? 'f32' : 'f16';
+  return weightTypes(file).some((type) => type === 'F32' || type === 'F64') ? 'f32' : 'f16';
+}
+
+/** The element types of a checkpoint's weights; not of what stands beside weights in 4 bits. */
+export function weightTypes(file: TensorFile): SafetensorsDType[] {
+  return [...file.tensors.values()].filter(({ name }) => name.endsWith('.weight')).map(({ dtype }) => dtype);
 }
 
 /** How {@link loadModel} puts a model on the device. */
 export interface LoadModelOptions {
   readonly dtype?: ConfigDType | undefined;
+  /** Storage of the linear layers; as the checkpoint has them where neither is asked for. */
+  readonly quantization?: Quantization | undefined;
   /** Rows of embedding and head; new ones are made with the mean of the old. Default: as many as the checkpoint has. */
   readonly vocabSize?: number | undefined;
 }
@@ -216,12 +225,15 @@ export async function loadModel(
   options: LoadModelOptions = {},
 ): Promise<Mistral> {
   const { ui, signal } = context;
-  const { vocabSize = 0 } = options;
+  const { vocabSize = 0, quantization } = options;
+  const problem = quantization === 'nf4' ? quantizationProblem(files.config) : undefined;
+  if (problem !== undefined) throw new CliError(problem, { where: files.folder });
   const file = await openCheckpointFolder(files.folder);
   let progress: Progress | undefined;
   try {
     const load = {
       dtype: deviceDType(options.dtype, file),
+      quantization,
       signal,
       onWarning: (message: string) => ui.warn(message),
       onProgress: (done: number, total: number) => {
@@ -242,6 +254,10 @@ export interface SessionFlags extends HubFlags, DeviceFlags {
   readonly model: string;
   readonly adapter?: string | undefined;
   readonly dtype?: ConfigDType | undefined;
+  /** Stores the linear layers in 4 bits. */
+  readonly loadIn4bit?: boolean | undefined;
+  /** Restores what the checkpoint has in 4 bits. */
+  readonly dequantize?: boolean | undefined;
 }
 
 /** The files that a command works with, before the device is asked for anything. */
@@ -298,7 +314,8 @@ export async function openSession(context: CommandContext, flags: SessionFlags, 
   const vocabSize = neededVocabSize(files.config, tokenizer, adapterFiles?.config);
   const device = await openCommandDevice(flags);
   try {
-    const model = await loadModel(context, device, files, { dtype: flags.dtype, vocabSize });
+    const quantization = flags.loadIn4bit === true ? 'nf4' : flags.dequantize === true ? 'none' : undefined;
+    const model = await loadModel(context, device, files, { dtype: flags.dtype, vocabSize, quantization });
     const adapter = adapterFiles === undefined ? undefined : await loadAdapter(model, openFolder(adapterFiles.folder));
     return { ...found, device, model, adapter, close: () => device.destroy() };
   } catch (error) {

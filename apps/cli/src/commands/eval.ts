@@ -37,6 +37,7 @@ export interface EvalOptions {
   readonly limit?: number;
   readonly config?: string;
   readonly dtype?: ConfigDType;
+  readonly loadIn4bit?: boolean;
   readonly revision?: string;
   readonly cacheDir?: string;
   readonly offline?: boolean;

@@ -22,6 +22,7 @@ export interface GenerateCommandOptions {
   readonly seed?: number;
   readonly stop?: readonly string[];
   readonly dtype?: ConfigDType;
+  readonly loadIn4bit?: boolean;
   readonly revision?: string;
   readonly cacheDir?: string;
   readonly offline?: boolean;

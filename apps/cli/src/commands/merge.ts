@@ -16,7 +16,15 @@ import type { ConfigDType } from '../config.js';
 import type { CommandContext } from '../context.js';
 import { CliError, errorCode, fileError } from '../errors.js';
 import { writeTokenizer } from '../run-files.js';
-import { loadModel, type ModelFiles, openSession, readModelFiles, readSession, type Session } from '../session.js';
+import {
+  loadModel,
+  type ModelFiles,
+  openSession,
+  readModelFiles,
+  readSession,
+  type Session,
+  weightTypes,
+} from '../session.js';
 import { formatBytes, formatCount, formatNumber, printable } from '../text.js';
 import type { Progress } from '../ui.js';
 import { writeFileAtomic, writeFolderAtomic, writeJsonAtomic } from '../write.js';
@@ -52,7 +60,8 @@ export async function runMerge(context: CommandContext, options: MergeOptions): 
   await checkEmpty(options.output);
   const read = await readSession(context, options);
   const stored = await storage(read.files, options.dtype);
-  const session = await openSession(context, { ...options, dtype: stored.compute }, read);
+  // The sum has no 4-bit form: what the base has in 4 bits is restored.
+  const session = await openSession(context, { ...options, dtype: stored.compute, dequantize: true }, read);
   try {
     let verification: Verification | undefined;
     let files: readonly string[] = [];
@@ -129,7 +138,7 @@ async function storage(
   if (wanted === 'float32') return { dtype: 'F32', compute: 'float32' };
   if (wanted === 'float16') return { dtype: 'F16', compute: 'float16' };
   const file = await openCheckpointFolder(files.folder);
-  const types = new Set([...file.tensors.values()].map((info) => info.dtype));
+  const types = new Set(weightTypes(file));
   await file.close();
   if (types.has('F32') || types.has('F64')) return { dtype: 'F32', compute: 'float32' };
   return types.has('BF16') ? { dtype: 'BF16', compute: 'float32' } : { dtype: 'F16', compute: 'float16' };

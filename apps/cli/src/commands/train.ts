@@ -44,6 +44,7 @@ export interface TrainOptions {
   readonly resume?: string | true;
   readonly overwrite?: boolean;
   readonly dtype?: string;
+  readonly loadIn4bit?: boolean;
 }
 
 /** Loss and token accuracy on the held-out rows. */
@@ -65,7 +66,7 @@ export async function runTrain(
       fix: 'Leave --resume out; the run starts from the beginning.',
     });
   }
-  const { config, notes, given } = await loadConfig(options.config, { overrides, flags: { dtype: options.dtype } });
+  const { config, notes, given } = await loadConfig(options.config, { overrides, flags: { dtype: options.dtype, load_in_4bit: options.loadIn4bit } });
   for (const note of notes) ui.note(note);
   if (options.dryRun === true) {
     if (ui.json) ui.data(config);
@@ -154,6 +155,7 @@ class Run {
     }
     const model = await loadModel(this.#context, this.#device, this.#files, {
       dtype: config.fp16 ? 'float16' : config.dtype,
+      quantization: config.load_in_4bit ? 'nf4' : undefined,
       vocabSize: neededVocabSize(this.#files.config, tokenizer),
     });
     const newRows = added.map((token) => token.id);
@@ -219,6 +221,7 @@ class Run {
         trainable,
         trainable_percent: percent,
         dtype: dtypeName(model),
+        load_in_4bit: inFourBits(config, this.#files),
         device: info,
         train_rows: trained.report.kept,
         validation_rows: validation?.report.kept ?? 0,
@@ -232,7 +235,7 @@ class Run {
     ui.table([
       [
         dim('model'),
-        `${printable(this.#files.name)}, ${formatCount(total - trainable)} parameters, ${dtypeName(model)}`,
+        `${printable(this.#files.name)}, ${formatCount(total - trainable)} parameters, ${dtypeName(model)}${inFourBits(config, this.#files) ? ', linear layers in 4 bits' : ''}`,
       ],
       [
         dim('adapter'),
@@ -398,6 +401,7 @@ class Run {
           parameters: total - trainable,
           vocab_size: model.vocabSize,
           dtype: dtypeName(model),
+          load_in_4bit: inFourBits(config, this.#files),
         },
         trainable_parameters: trainable,
         added_tokens: added.map(({ id, content }) => ({ id, content })),
@@ -457,15 +461,16 @@ class Run {
     ui.line(`adapter saved in ${bold(printable(config.output_dir))} (${formatDuration(last.seconds)} of training)`);
     if (stopped) return;
     const base = `--model ${shellQuoted(this.#files.name)}${config.revision === null ? '' : ` --revision ${shellQuoted(config.revision)}`}`;
+    const loaded = `${base}${config.load_in_4bit ? ' --load-in-4bit' : ''}`;
     const out = shellQuoted(config.output_dir);
     const test = shellQuoted([config.validation_file ?? 'test.jsonl'].flat()[0]);
     const { template, rows } = this.#data;
     const prompt = template.prompt(firstFields(rows.train[0].fields)).slice(0, 400);
     ui.line('try next:');
     for (const line of [
-      `lorikeet eval ${base} -c ${shellQuoted(join(config.output_dir, 'run.yaml'))} --data ${test}    # before`,
-      `lorikeet eval ${base} --adapter ${out} --data ${test}    # after`,
-      `lorikeet generate ${base} --adapter ${out} --temperature 0 --prompt ${shellQuoted(prompt)}`,
+      `lorikeet eval ${loaded} -c ${shellQuoted(join(config.output_dir, 'run.yaml'))} --data ${test}    # before`,
+      `lorikeet eval ${loaded} --adapter ${out} --data ${test}    # after`,
+      `lorikeet generate ${loaded} --adapter ${out} --temperature 0 --prompt ${shellQuoted(prompt)}`,
       `lorikeet merge ${base} --adapter ${out} --output ${shellQuoted(`${config.output_dir.replace(/[\\/]+$/, '')}-merged`)} --verify`,
       `lorikeet inspect ${out}`,
     ]) {
@@ -485,6 +490,10 @@ function firstFields(fields: Readonly<Record<string, unknown>>): Record<string, 
 interface Course {
   readonly last: StepRecord | undefined;
   readonly evaluation: Evaluation | undefined;
+}
+
+function inFourBits(config: Config, files: ModelFiles): boolean {
+  return config.load_in_4bit || files.config.quantization === 'nf4';
 }
 
 function dtypeName(model: Mistral): 'float32' | 'float16' {
