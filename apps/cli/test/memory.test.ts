@@ -1,8 +1,8 @@
 /** Memory of one training step as counted by the device: how it grows with the sequence, and what checkpointing saves. */
 import { Mistral, mistralConfig } from '@lorikeet/mistral';
-import { InitWeights } from '@lorikeet/nn';
+import { EmptyWeights, InitWeights } from '@lorikeet/nn';
 import { injectAdapter, loraConfig } from '@lorikeet/peft';
-import type { Stats } from '@lorikeet/tensor';
+import { planDevice, type Stats } from '@lorikeet/tensor';
 import { random64, testDevice } from '@lorikeet/testing';
 import { type Batch, collate, Stepper } from '@lorikeet/trainer';
 import { expect, it } from 'vitest';
@@ -65,6 +65,36 @@ it('memory of a LoRA step: linear in the tokens, and less with checkpointing', a
   // Tables of rotary positions stay with the device, rows up to 512 of 8 columns.
   expect(device.stats().liveBytes - before).toBeLessThanOrEqual(512 * 8 * 4);
 });
+
+it.each([false, true])(
+  'the head of a LoRA step, tied %s: two products over the vocabulary, one chunk of logits',
+  async (tied) => {
+    const stepOf = async (vocab_size: number): Promise<{ flops: number; workspace: number }> => {
+      const plan = planDevice();
+      const config = mistralConfig({
+        vocab_size,
+        hidden_size: 64,
+        intermediate_size: 64,
+        num_hidden_layers: 1,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        tie_word_embeddings: tied,
+      });
+      const model = await Mistral.create(config, new EmptyWeights(plan, () => 'f16'), { dtype: 'f16' });
+      const adapter = injectAdapter(model, loraConfig({ r: 4, lora_alpha: 8, target_modules: 'all-linear' }));
+      const stepper = new Stepper(model, adapter.parameters(), { learningRates: [1e-3] });
+      const { flops } = plan.stats();
+      // 1,025 supervised tokens; the one row that is left fills them up.
+      await stepper.step([batchOf(1026)]);
+      return { flops: plan.stats().flops - flops, workspace: plan.stats().peakParts.workspace };
+    };
+    const [small, large] = [await stepOf(16000), await stepOf(32000)];
+    expect(large.flops - small.flops).toBe(2 * 2 * 16000 * 64 * 1026);
+    // All logits would take 125 MiB.
+    expect(large.workspace).toBeLessThan(56 << 20);
+    expect(large.workspace).toBeGreaterThan(40 << 20);
+  },
+);
 
 /** Rows of like length as an epoch has them: which tokens there are, and how many are supervised, differs from batch to batch. */
 function randomBatch(seed: number, B: number, longest: number): Batch {

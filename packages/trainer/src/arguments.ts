@@ -42,6 +42,8 @@ export interface SFTConfig extends TrainingArguments {
   readonly overlong?: Overlong;
   /** Train the completion and its end only. Default true. */
   readonly completion_only_loss?: boolean;
+  /** Batches are padded to a multiple of this width, so that few shapes occur and buffers are reused; default 64. */
+  readonly pad_to_multiple_of?: number;
   /** Steps between entries of the log, a share of all steps when below 1; default 10, 0 for none. */
   readonly logging_steps?: number;
 }
@@ -93,6 +95,7 @@ const sftRules: Readonly<Record<Exclude<keyof SFTConfig, keyof TrainingArguments
   ],
   overlong: [(value) => overlongModes.some((mode) => mode === value), `one of ${overlongModes.join(', ')}`],
   completion_only_loss: flag,
+  pad_to_multiple_of: whole(1),
   logging_steps: stepsOrShare,
 };
 

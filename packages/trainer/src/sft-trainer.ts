@@ -209,7 +209,10 @@ export class SFTTrainer {
       }),
     );
     this.warnings = warnings;
-    this.#collate = data_collator ?? { padTokenId: tokenizer?.padTokenId ?? tokenizer?.eosTokenId };
+    this.#collate = data_collator ?? {
+      padTokenId: tokenizer?.padTokenId ?? tokenizer?.eosTokenId,
+      padToMultipleOf: args.pad_to_multiple_of,
+    };
     this.#state = { global_step: 0, max_steps: total, epoch: 0, log_history: [] };
     if (peft_config === undefined) {
       const [first] = [...model.namedParameters()].filter(([, p]) => p.dtype !== 'f32');

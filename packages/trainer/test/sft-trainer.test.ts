@@ -135,6 +135,22 @@ it('with a peft_config only what it injects is trained and saved', () =>
     expect(saved).toEqual(['memory']);
   }));
 
+it('pad_to_multiple_of sets the width of the batches, 64 without it, and changes no loss', () =>
+  withModel(async (_, base) => {
+    const losses: number[] = [];
+    const uploaded: number[] = [];
+    for (const more of [{}, { pad_to_multiple_of: 64 }, { pad_to_multiple_of: 128 }]) {
+      const trainer = new SFTTrainer({ ...base, args: more, eval_dataset: rows });
+      const before = device.stats().uploadedBytes;
+      losses.push((await trainer.evaluate()).eval_loss);
+      uploaded.push(device.stats().uploadedBytes - before);
+    }
+    expect(losses[0]).toBe(losses[1]);
+    expect(losses[2]).toBeCloseTo(losses[0], 5);
+    expect(uploaded[0]).toBe(uploaded[1]);
+    expect(uploaded[2] - uploaded[0]).toBe(5 * 64 * 4);
+  }));
+
 it('tokenised examples need no tokenizer and train as the rows do', () =>
   withModel(async (model, base) => {
     const { examples } = tokenizeExamples(toRows(rows), {
