@@ -15,7 +15,7 @@ import {
   RMSNorm,
   type Weights,
 } from '@lorikeet/nn';
-import { add, attention, cast, reshape, rope, scope, swiglu, type Tensor } from '@lorikeet/tensor';
+import { add, attention, cast, reshape, ropeQk, scope, swiglu, type Tensor } from '@lorikeet/tensor';
 import type { KvCache, LayerCache } from './cache.js';
 import type { MistralConfig } from './config.js';
 
@@ -57,10 +57,9 @@ export class Attention extends Module {
     const past = cache?.length ?? 0;
     const heads = (layer: Layer, n: number): Tensor => reshape(layer.forward(x), [B, T, n, head_dim]);
     const rotary = { theta: rope_theta, positionOffset: past };
-    const q = rope(heads(this.q_proj, H), spans, rotary);
-    let k = rope(heads(this.k_proj, G), spans, rotary);
-    let v = heads(this.v_proj, G);
-    if (cache !== undefined) [k, v] = cache.append(k, v);
+    const [q, keys] = ropeQk(heads(this.q_proj, H), heads(this.k_proj, G), spans, rotary);
+    const values = heads(this.v_proj, G);
+    const [k, v] = cache === undefined ? [keys, values] : cache.append(keys, values);
     const y = attention(q, k, v, spans, {
       queryOffset: past,
       keyLength: past + T,
@@ -110,16 +109,21 @@ export class Block extends Module {
   /** x: [B, T, D] -> [B, T, D] */
   forward(x: Tensor, { spans, cache, checkpointing = false }: BlockContext): Tensor {
     return scope(() => {
-      // Two halves: with both inputs kept, neither o_proj's nor down_proj's product runs again, 34 % of the block's.
-      const half = (fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor =>
-        checkpointing ? checkpoint((...again) => [fn(...again)], ...inputs)[0] : scope(() => fn(...inputs));
-      // spans goes in as an input: backward runs the half again when the forward pass's tensors are gone.
-      const h = half(
-        (x, spans) => add(x, this.self_attn.forward(this.input_layernorm.forward(x), { spans, cache })),
-        x,
-        spans,
-      );
-      return half((h) => add(h, this.mlp.forward(this.post_attention_layernorm.forward(h))), h);
+      const first = (x: Tensor, at: Tensor): [x: Tensor, delta: Tensor] => {
+        const [same, norm] = this.input_layernorm.fork(x);
+        return [same, this.self_attn.forward(norm, { spans: at, cache })];
+      };
+      const second = ([h, norm]: readonly [Tensor, Tensor]): Tensor => add(h, this.mlp.forward(norm));
+      if (checkpointing) {
+        // Two halves: with the inputs of both kept, neither o_proj's nor down_proj's product runs again, 34 % of the
+        // block's. spans goes in as an input: backward runs the half again when the forward pass's tensors are gone.
+        // The sum between them is made with the norm after it, as it runs again anyhow.
+        const [same, delta] = checkpoint((x, at) => first(x, at), x, spans);
+        return checkpoint((x, delta) => [second(this.post_attention_layernorm.add(x, delta))], same, delta)[0];
+      }
+      // Here the sum is kept and the norm made from it again, so each has a kernel.
+      const h = scope(() => add(...first(x, spans)));
+      return scope(() => second(this.post_attention_layernorm.fork(h)));
     });
   }
 }

@@ -1,5 +1,5 @@
 /** The layers that Mistral is made of. */
-import { embedding, linear, rmsNorm, type Tensor } from '@lorikeet/tensor';
+import { addRmsNorm, embedding, forkRmsNorm, linear, rmsNorm, type Tensor } from '@lorikeet/tensor';
 import { Layer, Module } from './module.js';
 
 /** y = x W^T, no bias. */
@@ -54,5 +54,15 @@ export class RMSNorm extends Layer {
   /** x: [..., D] -> [..., D] */
   override forward(x: Tensor): Tensor {
     return rmsNorm(x, this.weight, { eps: this.eps });
+  }
+
+  /** [x, norm of x] for a residual branch, see `forkRmsNorm`. x: [..., D] -> two of [..., D] */
+  fork(x: Tensor): [x: Tensor, norm: Tensor] {
+    return forkRmsNorm(x, this.weight, { eps: this.eps });
+  }
+
+  /** [x + delta, norm of x + delta], see `addRmsNorm`. x, delta: [..., D] -> two of [..., D] */
+  add(x: Tensor, delta: Tensor): [sum: Tensor, norm: Tensor] {
+    return addRmsNorm(x, delta, this.weight, { eps: this.eps });
   }
 }

@@ -85,7 +85,15 @@ export { mul, mulOp } from './ops/mul.js';
 export { philox } from './ops/philox.js';
 export { replaceColumns, replaceColumnsOp } from './ops/replace-columns.js';
 export { replaceRows, replaceRowsOp } from './ops/replace-rows.js';
-export { rmsNorm, rmsNormOp, type RmsNormOptions } from './ops/rms-norm.js';
+export {
+  addRmsNorm,
+  addRmsNormOp,
+  forkRmsNorm,
+  forkRmsNormOp,
+  rmsNorm,
+  rmsNormOp,
+  type RmsNormOptions,
+} from './ops/rms-norm.js';
 export { scale, scaleOp } from './ops/scale.js';
 export { silu, siluOp } from './ops/silu.js';
 export { softmax, softmaxOp } from './ops/softmax.js';
@@ -93,7 +101,7 @@ export { sum, sumOp } from './ops/sum.js';
 export { swiglu, swigluOp } from './ops/swiglu.js';
 export { transpose, transposeOp } from './ops/transpose.js';
 export { attention, attentionOp, type AttentionOptions } from './ops/attention.js';
-export { rope, ropeOp, type RopeOptions } from './ops/rope.js';
+export { rope, ropeOp, type RopeOptions, ropeQk, ropeQkOp } from './ops/rope.js';
 export {
   type CheckpointContents,
   checkpointContents,

@@ -1,8 +1,16 @@
-import { type Array64, array64, checkOp, randomArray64, relativeError, testDevice } from '@lorikeet/testing';
+import {
+  type Array64,
+  array64,
+  checkOp,
+  type Drawn,
+  randomArray64,
+  relativeError,
+  testDevice,
+} from '@lorikeet/testing';
 import fc from 'fast-check';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { keep, scope } from '../scope.js';
-import { rope, ropeOp, type RopeOptions } from './rope.js';
+import { rope, ropeOp, type RopeOptions, ropeQk, ropeQkOp } from './rope.js';
 
 const device = await testDevice();
 
@@ -33,29 +41,42 @@ beforeAll(() => {
   });
 });
 
+const common = {
+  sizes: fc.record({
+    B: fc.constantFrom(1, 2, 3),
+    T: fc.constantFrom(1, 7, 33, 67),
+    H: fc.constantFrom(1, 2, 3),
+    G: fc.constantFrom(1, 2),
+    D: fc.constantFrom(...columns),
+  }),
+  integers: {
+    spans: ({ sizes: { B, T } }: Drawn) =>
+      fc
+        .array(fc.tuple(fc.nat(T), fc.nat(T)), { minLength: B, maxLength: B })
+        .map((rows) => rows.flatMap(([a, b]) => [Math.min(a, b), Math.max(a, b)])),
+  },
+  attrs: (): fc.Arbitrary<RopeOptions> =>
+    fc.record({ theta: fc.constantFrom(...thetas), positionOffset: fc.constantFrom(0, 1, 100) }, { requiredKeys: [] }),
+};
+
 it('rope: values and gradients', () =>
   checkOp<RopeOptions>(device, {
+    ...common,
     op: ropeOp,
     runs: 16,
-    sizes: fc.record({
-      B: fc.constantFrom(1, 2, 3),
-      T: fc.constantFrom(1, 7, 33, 67),
-      H: fc.constantFrom(1, 2, 3),
-      D: fc.constantFrom(...columns),
-    }),
-    integers: {
-      spans: ({ sizes: { B, T } }) =>
-        fc
-          .array(fc.tuple(fc.nat(T), fc.nat(T)), { minLength: B, maxLength: B })
-          .map((rows) => rows.flatMap(([a, b]) => [Math.min(a, b), Math.max(a, b)])),
-    },
-    attrs: () =>
-      fc.record(
-        { theta: fc.constantFrom(...thetas), positionOffset: fc.constantFrom(0, 1, 100) },
-        { requiredKeys: [] },
-      ),
     run: ([x, spans], options) => rope(x, spans, options),
     reference: rope64,
+  }));
+
+it('ropeQk: values and gradients', () =>
+  checkOp<RopeOptions>(device, {
+    ...common,
+    op: ropeQkOp,
+    runs: 8,
+    // One kernel turns both.
+    fusedBackward: true,
+    run: ([q, k, spans], options) => ropeQk(q, k, spans, options),
+    reference: ([q, k, spans], options) => [rope64([q, spans], options), rope64([k, spans], options)],
   }));
 
 describe('rope', () => {
