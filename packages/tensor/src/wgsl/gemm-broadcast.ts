@@ -31,13 +31,15 @@ export interface BroadcastShape {
   readonly tile: number;
   /** The result is stored transposed: rows of the kernel are columns of out. */
   readonly swapped: boolean;
+  /** b is NF4: a scale is looked up once a block of it, which makes it as fast as f16 (each time it is 0.7 to 0.8). */
+  readonly scaled: boolean;
 }
 
 /** Four steps of the reduction an iteration, then what is left one by one. From `begin` to `end`, WGSL expressions. */
 function steps(
   { a, b, lda, ldb, startA, startB }: Product,
   { transA, transB }: GemmVariant,
-  { lanes, tile }: BroadcastShape,
+  { lanes, tile, scaled }: BroadcastShape,
   begin: string,
   end: string,
 ): string {
@@ -56,6 +58,29 @@ function steps(
       : `subgroupBroadcast(a${Math.floor(r / lanes)}, ${r % lanes}u)`;
   // Rows of a and columns of b past the end repeat the last ones, and are not stored. Both operands are padded with zeros along K: the last iteration may run into that.
   const padded = !transA && transB;
+  // Eight weights from a multiple of 8 on share a block, as rows are multiples of 8; 64 do where rows are whole blocks.
+  const block = `select(7u, 63u, ${ldb} % 64u == 0u)`;
+  const scaleLoop =
+    scaled && transB
+      ? `let within = ${block};
+  while (k0 < ${end}) {
+    let stop = min(${end}, (k0 | within) + 1u);
+    ${lines(4, (c) => `let scale${c} = ${b}_scale(column${c} + k0 / 4u);`)}`
+      : '';
+  const stop = scaleLoop === '' ? end : 'stop';
+  const offsets = ['', ' + step_b', ' + step_b2', ' + step_b3'];
+  // Not transposed, the tile's columns lie in one block of each row: a lane looks up the scale of one step.
+  const ownScales = lines(4, (s) => `scales[${s}] = ${b}_scale(at_b${offsets[s]});`);
+  const scales =
+    4 * lanes > 64
+      ? ownScales
+      : `if (${ldb} % ${4 * lanes}u == 0u) {
+      let own = ${b}_scale(at_b + (lane & 3u) * step_b);
+      scales = vec4<f32>(${range(4)
+        .map((s) => `subgroupBroadcast(own, ${s}u)`)
+        .join(', ')});
+    } else { ${ownScales} }`;
+  const loadB = (at: string, scale: string): string => (scaled ? `${b}_scaled4(${at}, ${scale})` : `${b}_load4(${at})`);
   return `{
   ${
     transA
@@ -72,13 +97,15 @@ function steps(
   let step_b4 = 4u * step_b;`
   }
   var k0 = ${begin};
-  for (; ${padded ? 'k0' : 'k0 + 3u'} < ${end}; k0 += 4u) {
+  ${scaleLoop}
+  for (; ${padded ? 'k0' : 'k0 + 3u'} < ${stop}; k0 += 4u) {
     ${lines(registers, (q) => `let a${q} = ${a}_load4(${transA ? `at_a + ${q}u` : `row${q} + k0 / 4u`});`)}
     ${
       transB
-        ? `${lines(4, (c) => `let b${c} = ${b}_load4(column${c} + k0 / 4u);`)}
+        ? `${lines(4, (c) => `let b${c} = ${loadB(`column${c} + k0 / 4u`, `scale${c}`)};`)}
     ${lines(4, (s) => `let v${s} = vec4<f32>(b0.${xyzw[s]}, b1.${xyzw[s]}, b2.${xyzw[s]}, b3.${xyzw[s]});`)}`
-        : lines(4, (s) => `let v${s} = ${b}_load4(at_b${['', ' + step_b', ' + step_b2', ' + step_b3'][s]});`)
+        : `${scaled ? `var scales = vec4<f32>(0.0);\n    ${scales}` : ''}
+    ${lines(4, (s) => `let v${s} = ${loadB(`at_b${offsets[s]}`, `scales.${xyzw[s]}`)};`)}`
     }
     ${lines(tile, (r) =>
       range(4)
@@ -88,6 +115,7 @@ function steps(
     ${transA ? `at_a += ${lda};` : ''}
     ${transB ? '' : 'at_b += step_b4;'}
   }
+  ${scaleLoop === '' ? '' : '}'}
   ${
     padded
       ? ''
@@ -151,7 +179,7 @@ fn kernel(group: u32, lane: u32) {
   }`
       : steps(mainProduct, variant, shape, '0u', 'P.k')
   }
-  ${tail ? steps(tailProduct, variant, shape, '0u', 'P.k2') : ''}
+  ${tail ? steps(tailProduct, variant, { ...shape, scaled: false }, '0u', 'P.k2') : ''}
   ${tail && sliced ? close : ''}
   ${stores}
 }`;
@@ -159,10 +187,10 @@ fn kernel(group: u32, lane: u32) {
 
 /** A kernel of the broadcast tier. */
 export function broadcastKernel(variant: GemmVariant, shape: BroadcastShape): Kernel {
-  const { lanes, tile, swapped } = shape;
+  const { lanes, tile, swapped, scaled } = shape;
   return defineKernel({
     ...interfaceOf(variant),
-    name: `gemm_broadcast${lanes}x${tile}_${suffix(variant)}${swapped ? '_swapped' : ''}`,
+    name: `gemm_broadcast${lanes}x${tile}_${suffix(variant)}${swapped ? '_swapped' : ''}${scaled ? '_scaled' : ''}`,
     workgroupSize: lanes,
     subgroups: true,
     body: body(variant, shape),

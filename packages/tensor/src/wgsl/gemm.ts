@@ -14,6 +14,7 @@
  * A `b` in parts by rows (see `Tensor.parts`): with transB each part gives columns of out; else each is a stretch of K, two
  * in one kernel, and further ones are added in f32, which is another order than that of a whole matrix.
  */
+import { isQuantized } from '../dtype.js';
 import { DeviceError, ShapeError } from '../errors.js';
 import { defineKernel, type Kernel } from '../kernel.js';
 import type { Tensor } from '../tensor.js';
@@ -75,7 +76,7 @@ interface Chosen {
   readonly swapped: boolean;
 }
 
-function choose(tier: GemmTier, variant: GemmVariant, m: number, n: number, lanes: number): Chosen {
+function choose(tier: GemmTier, variant: GemmVariant, m: number, n: number, lanes: number, quantized: boolean): Chosen {
   const key = suffix(variant);
   if (tier === 'broadcast') {
     // Lanes own four columns each: with few columns rows do better, and out is stored transposed.
@@ -83,9 +84,12 @@ function choose(tier: GemmTier, variant: GemmVariant, m: number, n: number, lane
     const rows = swapped ? n : m;
     // A smaller tile wastes less of a product with few rows.
     const tile = Math.max(lanes, rows <= 8 ? 8 : rows <= 16 ? 16 : 32);
-    const shape = { lanes, tile, swapped };
+    const scaled = quantized && !swapped && !variant.transA;
+    const shape = { lanes, tile, swapped, scaled };
     const oriented = swapped ? { ...variant, transA: !variant.transB, transB: !variant.transA } : variant;
-    const kernel = kernelOf(`broadcast ${lanes} ${tile} ${swapped} ${key}`, () => broadcastKernel(oriented, shape));
+    const kernel = kernelOf(`broadcast ${lanes} ${tile} ${swapped} ${scaled} ${key}`, () =>
+      broadcastKernel(oriented, shape),
+    );
     return { kernel, rows: tile, columns: 4 * lanes, swapped };
   }
   if (tier === 'direct' || variant.sliced) {
@@ -132,6 +136,7 @@ function dispatch(a: Tensor, b: Tensor, out: Tensor, call: Call): void {
     m,
     n,
     device.info.subgroupSize,
+    isQuantized(b.dtype),
   );
   const [first, second] = swapped ? [b, a] : [a, b];
   const [tilesM, tilesN] = [Math.ceil((swapped ? n : m) / rows), Math.ceil((swapped ? m : n) / columns)];
