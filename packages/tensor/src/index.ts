@@ -41,6 +41,7 @@ export { applyContract, type AxisPattern, type Contract, parseContract } from '.
 export { type MemoryPart, type Place, type Storage, Tensor } from './tensor.js';
 export { gemm, type GemmOptions, type GemmTail } from './wgsl/gemm.js';
 export { type GemmChoice, gemmChoice, type GemmClass, type GemmTier, gemmTiers, setGemmChoice } from './wgsl/gemm-choice.js';
+export { type GemmTuning, tuneGemm } from './wgsl/gemm-tune.js';
 export { elementwiseKernel, runElementwise } from './ops/elementwise.js';
 export { add, addOp } from './ops/add.js';
 export { addInto } from './ops/add-into.js';

@@ -3,10 +3,11 @@ import { expect, it } from 'vitest';
 import { planDevice } from '../device.js';
 import { type DType, f16Bits, f16Value } from '../dtype.js';
 import { ShapeError } from '../errors.js';
-import { scope } from '../scope.js';
-import type { Tensor } from '../tensor.js';
+import { own, scope } from '../scope.js';
+import { Tensor } from '../tensor.js';
 import { gemm, type GemmOptions, isSliced } from './gemm.js';
 import { gemmChoice, gemmTiers, type GemmTier, setGemmChoice } from './gemm-choice.js';
+import { tuneGemm } from './gemm-tune.js';
 
 const device = await testDevice();
 
@@ -127,4 +128,66 @@ it('refuses shapes that do not fit, and tiers that the device lacks', () => {
   expect(() => setGemmChoice(plan, tiers)).toThrow('sliced products cannot use the tier broadcast');
   setGemmChoice(plan, { ...tiers, sliced: 'direct' });
   expect(gemmChoice(plan).large).toBe('shared64');
+});
+
+it('tuneGemm gives a choice that is plain JSON and leaves the device as it was', async () => {
+  const before = gemmChoice(device);
+  const live = device.stats().liveBytes;
+  // The first tier of each class only: the others take long on a software device.
+  const tuning = await tuneGemm(device, { milliseconds: 1 });
+  expect(gemmChoice(device)).toEqual(before);
+  expect(device.stats().liveBytes).toBe(live);
+  expect(tuning.gflops.large[tuning.large]).toBeGreaterThan(0);
+  expect(JSON.parse(JSON.stringify(tuning))).toEqual(tuning);
+  setGemmChoice(device, tuning);
+});
+
+it('b may lie in parts by rows', async () => {
+  const [m, n, k] = [11, 40, 24];
+  const whole = (rows: number, columns: number, seed: number, dtype: DType): Tensor =>
+    device.fromArray(values(rows * columns, seed), [rows, columns], dtype);
+  /** The same values in parts of so many rows. */
+  const split = (rows: readonly number[], columns: number, seed: number): Tensor => {
+    const total = rows.reduce((sum, r) => sum + r, 0);
+    const all = values(total * columns, seed);
+    let from = 0;
+    const parts = rows.map((r) => {
+      const host = all.subarray(from * columns, (from + r) * columns);
+      from += r;
+      return device.fromArray(host, [r, columns], 'f16').retain();
+    });
+    return own(new Tensor(device, { parts }, [total, columns], 'f16'));
+  };
+  const results = scope(() => {
+    const x = whole(m, k, 1, 'f16');
+    const dy = whole(m, n, 2, 'f16');
+    const tail = { a: whole(m, 4, 3, 'f32'), b: whole(n, 4, 4, 'f32') };
+    const back = { a: whole(m, 4, 5, 'f32'), b: whole(4, k, 6, 'f32') };
+    const run = (w: Tensor): Tensor[] => {
+      const y = device.empty([m, n], 'f16');
+      gemm(x, w, y, { transB: true, tail });
+      const dx = device.empty([m, k], 'f16');
+      gemm(dy, w, dx);
+      const sum = whole(m, k, 7, 'f16');
+      gemm(dy, w, sum, { tail: back, accumulate: true });
+      return [y, dx, sum];
+    };
+    return [run(whole(n, k, 8, 'f16')), run(split([16, 24], k, 8)), run(split([16, 16, 8], k, 8))].map((tensors) =>
+      tensors.map((x) => x.read()),
+    );
+  });
+  const [one, two, three] = await Promise.all(results.map((reads) => Promise.all(reads)));
+  // Columns of out, and two stretches of K, are the same sums in the same order.
+  expect(two[0]).toEqual(one[0]);
+  expect(three[0]).toEqual(one[0]);
+  expect(two[1]).toEqual(one[1]);
+  for (const found of [two[2], three[1], three[2]]) {
+    const expected = found === three[1] ? one[1] : one[2];
+    expect(relativeError(Array.from(found), Array.from(expected))).toBeLessThan(5e-4);
+  }
+  scope(() => {
+    const w = split([10, 30], k, 8);
+    const y = device.empty([m, n], 'f16');
+    expect(() => gemm(whole(m, k, 1, 'f16'), w, y, { transB: true })).toThrow('parts of 10, 30 rows');
+  });
 });
