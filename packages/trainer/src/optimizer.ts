@@ -355,6 +355,8 @@ export class AdamW {
         p.moveInto(arena.slice(byteOffset, shape));
       }
     });
+    // Nothing else is likely to be of the sizes that the parameters had: their old buffers would wait for ever.
+    device.trim();
   }
 
   /** Sets the gradients to zero, as a step leaves them. */

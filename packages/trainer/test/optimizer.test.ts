@@ -94,6 +94,7 @@ it('AdamW: decayed parameters come first, each at a multiple of 256 bytes', () =
     ['b', keep(device.zeros([3, 9]).tag('adapters'))],
   ] as const;
   const optimizer = new AdamW(named, { learningRates });
+  expect(device.stats().pooledBytes).toBe(0);
   expect(optimizer.places).toEqual([
     { name: 'norm', shape: [7], segment: 0, byteOffset: 512 },
     { name: 'a', shape: [5, 6], segment: 0, byteOffset: 0 },
