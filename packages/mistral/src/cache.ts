@@ -50,14 +50,18 @@ export class LayerCache {
 
   /** Writes the keys and values [B, T, G, head_dim] of the next T tokens and gives those of all tokens. */
   append(k: Tensor, v: Tensor): [Tensor, Tensor] {
-    const T = k.shape[1];
-    const capacity = this.k.shape[1];
-    if (this.length + T > capacity) {
-      throw new LorikeetError(`KV cache: ${this.length} + ${T} tokens do not fit its capacity of ${capacity}`);
-    }
+    this.checkRoom(k.shape[1]);
     copyInto(k, this.k, this.length);
     copyInto(v, this.v, this.length);
     return [this.k, this.v];
+  }
+
+  /** @throws LorikeetError when so many more tokens do not fit */
+  checkRoom(tokens: number): void {
+    const capacity = this.k.shape[1];
+    if (this.length + tokens > capacity) {
+      throw new LorikeetError(`KV cache: ${this.length} + ${tokens} tokens do not fit its capacity of ${capacity}`);
+    }
   }
 
   /** Keeps the rows of the batch that `index`, i32 [M], names, in its order; the others are freed. */
@@ -65,7 +69,7 @@ export class LayerCache {
     const pick = (x: Tensor): Tensor => {
       const [B, ...token] = x.shape;
       const rows = gatherRows(reshape(x, [B, x.size / B]), index);
-      return keep(reshape(rows, [index.size, ...token]));
+      return keep(reshape(rows, [index.size, ...token]).tag('cache'));
     };
     scope(() => {
       for (const name of ['k', 'v'] as const) {
@@ -96,8 +100,8 @@ export class KvCache {
     // In a scope, so that what was made is freed where a later layer finds no room.
     this.layers = scope(() => {
       const pairs = Array.from({ length: config.num_hidden_layers }, (): [Tensor, Tensor] => [
-        device.zeros(shape, dtype),
-        device.zeros(shape, dtype),
+        device.zeros(shape, dtype).tag('cache'),
+        device.zeros(shape, dtype).tag('cache'),
       ]);
       return keep(pairs);
     }).map(([k, v]) => new LayerCache(k, v));

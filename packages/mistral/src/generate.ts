@@ -4,16 +4,30 @@
  * depend on the rows beside it.
  */
 import { Random, randomStreams } from '@lorikeet/nn';
-import { type Device, gatherRows, keep, LorikeetError, reshape, scope } from '@lorikeet/tensor';
+import {
+  type Device,
+  gatherRows,
+  keep,
+  LorikeetError,
+  reshape,
+  sample,
+  sampleInfinite,
+  sampleNaN,
+  sampleNothing,
+  type SampleState,
+  scope,
+  type Tensor,
+} from '@lorikeet/tensor';
 import { KvCache } from './cache.js';
+import { decodeLogits } from './decode.js';
 import type { Mistral } from './model.js';
 import type { RandomSource } from './random-source.js';
 import {
-  buildProcessors,
-  chooseToken,
+  infiniteLogit,
+  nanLogit,
   newTokenLimit,
+  nothingLeft,
   type ResolvedGenerationConfig,
-  type RowState,
   StopStrings,
 } from './sampling.js';
 import type { StreamDecoder, Tokenizer } from './tokenizer.js';
@@ -54,7 +68,7 @@ export interface Generated {
 }
 
 /** One prompt on its way. */
-class Row implements RowState {
+class Row {
   /** Prompt and new tokens. */
   readonly ids: number[];
   readonly limit: number;
@@ -104,10 +118,30 @@ class Row implements RowState {
   }
 }
 
+/** A row in the batch: its place among the prompts, and the first of its positions in the cache. */
+interface Member {
+  readonly row: Row;
+  readonly place: number;
+  readonly start: number;
+}
+
+/** A token of every row on its way from the device. */
+interface Pending {
+  readonly batch: readonly Member[];
+  readonly ids: Promise<ArrayLike<number>>;
+}
+
+/**
+ * Steps that are on the device before the oldest one's tokens are looked at: it goes on to the next token meanwhile, and
+ * what it computes for rows that have ended is dropped.
+ */
+const stepsAhead = 1;
+
 /**
  * Generates from each prompt until an end token, a stop string or its number of new tokens.
  *
- * Rows that have ended take no part in choosing; they leave the batch when they are half of it.
+ * Tokens are chosen on the device, which feeds each to the next step by itself; their ids are read back one step behind.
+ * Rows that have ended run on unheard; they leave the batch when they are half of it.
  *
  * @param prompts token ids, ragged; at least one in each
  * @throws LorikeetError for an empty prompt, an id outside of the vocabulary, or stop strings without a tokenizer
@@ -123,77 +157,175 @@ export async function generate(
   const rows = prompts.map((prompt, i) => new Row(prompt, randomOf(i, options), options));
   if (rows.length === 0) return [];
   warnOfLength(model, rows, options);
-  const processors = buildProcessors(config);
   const device = model.model.norm.weight.device;
   const T = rows.reduce((most, row) => Math.max(most, row.ids.length), 0);
+  const limit = rows.reduce((most, row) => Math.max(most, row.limit), 0);
   // The last token that is chosen is never read.
-  const capacity = T + rows.reduce((most, row) => Math.max(most, row.limit), 0) - 1;
-  const vocab = model.vocabSize;
+  const capacity = T + limit - 1;
 
-  // The rows that the cache holds, in its order: place among the prompts, first position.
-  let batch = rows.map((row, place) => ({ row, place, start: T - row.ids.length }));
-  let input = batch.flatMap(({ row, start }) => [...Array.from({ length: start }, () => 0), ...row.ids]);
+  let batch: readonly Member[] = rows.map((row, place) => ({ row, place, start: T - row.ids.length }));
+  let state: BatchState | undefined;
+  // New tokens of a row that are on the device or beyond.
+  let launched = 0;
+  const pending: Pending[] = [];
   const cache = new KvCache(device, model.config, rows.length, capacity, model.dtype);
+
+  const launch = (): void => {
+    state ??= new BatchState(device, model.vocabSize, config, batch, capacity);
+    const ids = state.next(model, cache, launched === 0 ? promptIds(batch) : undefined, launched);
+    // Whoever waits for the ids hears of an error; when nobody does any more, nobody must.
+    ids.catch(() => {});
+    pending.push({ batch, ids });
+    launched++;
+  };
+  const take = async ({ batch: members, ids }: Pending): Promise<void> => {
+    const chosen = await ids;
+    for (const [i, { row, place }] of members.entries()) {
+      if (row.finish !== undefined) continue;
+      const text = row.take(checkedId(chosen[i]), config.eos_token_id);
+      onToken?.(place, chosen[i], text);
+    }
+    signal?.throwIfAborted();
+  };
   try {
     for (;;) {
-      const spans = batch.flatMap(({ start }) => [start, capacity]);
-      const running = batch.flatMap(({ row }, i) => (row.finish === undefined ? [i] : []));
-      const logits = await lastLogits(device, model, cache, { input, spans, running });
-      for (const [n, i] of running.entries()) {
-        const { row, place } = batch[i];
-        const id = chooseToken(logits.subarray(n * vocab, (n + 1) * vocab), row, processors, config, row.random);
-        const text = row.take(id, config.eos_token_id);
-        onToken?.(place, id, text);
+      if (launched < limit) launch();
+      const oldest = pending.length > stepsAhead || launched === limit ? pending.shift() : undefined;
+      if (oldest !== undefined) await take(oldest);
+      const running = (): number[] => batch.flatMap(({ row }, i) => (row.finish === undefined ? [i] : []));
+      if (running().length === 0) return rows.map((row) => row.result());
+      if (2 * running().length > batch.length) continue;
+      while (pending.length > 0) {
+        const next = pending.shift();
+        if (next !== undefined) await take(next);
       }
-      signal?.throwIfAborted();
-      const left = running.filter((i) => batch[i].row.finish === undefined);
+      const left = running();
       if (left.length === 0) return rows.map((row) => row.result());
-      if (2 * left.length <= batch.length) {
-        cache.select(left);
-        batch = left.map((i) => batch[i]);
-      }
-      const pad = config.pad_token_id ?? 0;
-      input = batch.map(({ row }) => (row.finish === undefined ? (row.ids.at(-1) ?? pad) : pad));
+      cache.select(left);
+      batch = left.map((i) => batch[i]);
+      state?.dispose();
+      state = undefined;
     }
   } finally {
+    state?.dispose();
     cache.dispose();
   }
 }
 
-/** What one pass of the model reads. */
-interface Pass {
-  /** Ids of the next tokens, row after row. */
-  readonly input: readonly number[];
-  /** First position and end of each row. */
-  readonly spans: readonly number[];
-  /** Rows whose logits are wanted. */
-  readonly running: readonly number[];
+/** Ids of the prompts, row after row, padded on the left. */
+function promptIds(batch: readonly Member[]): number[] {
+  return batch.flatMap(({ row, start }) => [...Array.from({ length: start }, () => 0), ...row.ids]);
 }
 
-/** Runs the model over the next tokens of all rows; gives the logits after the last of them, [running, V]. */
-async function lastLogits(
-  device: Device,
-  model: Mistral,
-  cache: KvCache,
-  { input, spans, running }: Pass,
-): Promise<Float32Array> {
-  const B = spans.length / 2;
-  const T = input.length / B;
-  const logits = scope(() => {
-    const ids = device.fromArray(input, [B, T], 'i32');
-    const h = model.hidden({ ids, spans: device.fromArray(spans, [B, 2], 'i32') }, { cache });
-    const last = device.fromArray(
-      running.map((i) => i * T + T - 1),
-      [running.length],
-      'i32',
+/** What the device keeps between the steps of a batch. */
+class BatchState {
+  readonly #device: Device;
+  readonly #config: ResolvedGenerationConfig;
+  readonly #batch: readonly Member[];
+  /** i32 [B, 2] */
+  readonly #spans: Tensor;
+  readonly #sampling: SampleState;
+
+  constructor(
+    device: Device,
+    vocab: number,
+    config: ResolvedGenerationConfig,
+    batch: readonly Member[],
+    capacity: number,
+  ) {
+    this.#device = device;
+    this.#config = config;
+    this.#batch = batch;
+    const B = batch.length;
+    const words = Math.ceil(vocab / 32);
+    const seen = new Uint32Array(B * words);
+    for (const [i, { row }] of batch.entries()) {
+      for (const id of row.ids) seen[i * words + (id >>> 5)] |= 1 << (id & 31);
+    }
+    const barred = config.eos_token_id.length === 0 ? [0] : config.eos_token_id;
+    [this.#spans, this.#sampling] = scope(() =>
+      keep([
+        device.fromArray(
+          batch.flatMap(({ start }) => [start, capacity]),
+          [B, 2],
+          'i32',
+        ),
+        {
+          ids: device.fromArray(
+            batch.map(({ row }) => row.ids[row.ids.length - 1]),
+            [B, 1],
+            'i32',
+          ),
+          points: device.zeros([B]),
+          seen: device.fromArray(seen, [B, words], 'u32'),
+          barred: device.fromArray(barred, [barred.length], 'i32'),
+          keys: device.empty([B, config.do_sample ? vocab : 1], 'u32'),
+        },
+      ]),
     );
-    return keep(model.logits(gatherRows(reshape(h, [B * T, h.columns]), last)));
-  });
-  try {
-    return new Float32Array(await logits.read());
-  } finally {
-    logits.dispose();
   }
+
+  /**
+   * Launches the next token of every row; its ids come later.
+   * @param prompt ids to begin with, [B, T]; the rows' last tokens when left out
+   * @param newTokens tokens that the rows have got
+   */
+  next(
+    model: Mistral,
+    cache: KvCache,
+    prompt: readonly number[] | undefined,
+    newTokens: number,
+  ): Promise<ArrayLike<number>> {
+    const device = this.#device;
+    const B = this.#batch.length;
+    const { do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min_new_tokens, eos_token_id } =
+      this.#config;
+    if (do_sample) {
+      const points = Float32Array.from(this.#batch, ({ row }) => row.random.uniform());
+      device.write(this.#sampling.points, new Uint8Array(points.buffer));
+    }
+    scope(() => {
+      const logits =
+        prompt === undefined
+          ? decodeLogits(model, this.#sampling.ids, this.#spans, cache)
+          : promptLogits(model, device.fromArray(prompt, [B, prompt.length / B], 'i32'), this.#spans, cache);
+      sample(logits, this.#sampling, {
+        draw: do_sample,
+        temperature,
+        topK: top_k,
+        topP: top_p,
+        minP: min_p ?? 0,
+        penalty: repetition_penalty,
+        barred: newTokens < min_new_tokens ? eos_token_id.length : 0,
+      });
+    });
+    return this.#sampling.ids.read();
+  }
+
+  dispose(): void {
+    this.#spans.dispose();
+    for (const tensor of Object.values<Tensor>({ ...this.#sampling })) tensor.dispose();
+  }
+}
+
+/** Logits f32 [B, V] after the last of the prompts' tokens. */
+function promptLogits(model: Mistral, ids: Tensor, spans: Tensor, cache: KvCache): Tensor {
+  const [B, T] = ids.shape;
+  const h = model.hidden({ ids, spans }, { cache });
+  const last = ids.device.fromArray(
+    Array.from({ length: B }, (_, i) => i * T + T - 1),
+    [B],
+    'i32',
+  );
+  return model.logits(gatherRows(reshape(h, [B * T, h.columns]), last));
+}
+
+/** An id that was chosen; throws what was wrong with the logits where none could be. */
+function checkedId(id: number): number {
+  if (id >= 0) return id;
+  if (id === sampleInfinite) throw infiniteLogit();
+  if (id === sampleNothing) throw nothingLeft();
+  throw nanLogit(sampleNaN - id);
 }
 
 function randomOf(row: number, { random, config }: GenerateOptions): RandomSource {

@@ -1,6 +1,7 @@
 /**
  * Choosing the next token from logits, exactly in transformers' manner: the same processors, in the same order, in
- * float32. Everything here is plain CPU code over the last position's logits.
+ * float32. Everything here is plain CPU code over the last position's logits; generation does the same on the device, by
+ * `sample`, and these are the reference that it is held against.
  */
 import { show } from './json-values.js';
 import type { RandomSource } from './random-source.js';
@@ -299,16 +300,25 @@ function largest(scores: Float32Array): number {
   for (let i = 0; i < scores.length; i++) {
     const score = scores[i] ?? 0;
     if (score > best) best = score;
-    else if (Number.isNaN(score)) throw new Error(`The logit of token ${i} is NaN: the model's output is broken.`);
+    else if (Number.isNaN(score)) throw nanLogit(i);
   }
-  if (!Number.isFinite(best)) {
-    throw new Error(
-      best > 0
-        ? 'A logit is +Infinity: the model overflowed.'
-        : 'No token is left to choose from: every logit is -Infinity.',
-    );
-  }
+  if (!Number.isFinite(best)) throw best > 0 ? infiniteLogit() : nothingLeft();
   return best;
+}
+
+/** What is thrown when the logit of a token is NaN. */
+export function nanLogit(id: number): Error {
+  return new Error(`The logit of token ${id} is NaN: the model's output is broken.`);
+}
+
+/** What is thrown when a logit is +Infinity. */
+export function infiniteLogit(): Error {
+  return new Error('A logit is +Infinity: the model overflowed.');
+}
+
+/** What is thrown when no token may be chosen. */
+export function nothingLeft(): Error {
+  return new Error('No token is left to choose from: every logit is -Infinity.');
 }
 
 /** Softmax in float64. */

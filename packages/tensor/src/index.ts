@@ -40,7 +40,14 @@ export { keep, own, Owned, scope, scopeDepth } from './scope.js';
 export { applyContract, type AxisPattern, type Contract, parseContract } from './shape.js';
 export { type MemoryPart, type Place, type Storage, Tensor } from './tensor.js';
 export { gemm, type GemmOptions, type GemmTail } from './wgsl/gemm.js';
-export { type GemmChoice, gemmChoice, type GemmClass, type GemmTier, gemmTiers, setGemmChoice } from './wgsl/gemm-choice.js';
+export {
+  type GemmChoice,
+  gemmChoice,
+  type GemmClass,
+  type GemmTier,
+  gemmTiers,
+  setGemmChoice,
+} from './wgsl/gemm-choice.js';
 export { type GemmTuning, tuneGemm } from './wgsl/gemm-tune.js';
 export { elementwiseKernel, runElementwise } from './ops/elementwise.js';
 export { add, addOp } from './ops/add.js';
@@ -113,3 +120,14 @@ export {
 export { type Nf4Type, nf4DynamicMap, nf4Values } from './nf4.js';
 export { dequantize, type Nf4Source, nf4Sources, quantize, type QuantizeOptions, Quantizer } from './quantized.js';
 export { type ConversionReport, loadTensor, type LoadTensorOptions, writeRows } from './convert.js';
+export { type DevicePeak, leastTime, measurePeak } from './peak.js';
+export { gemv, gemvGated, gemvSide, type GemvNorm, type GemvOptions } from './wgsl/gemv.js';
+export { decodeAppend, decodeAttention, type DecodeOptions, decodesAttention } from './ops/decode.js';
+export {
+  sample,
+  sampleInfinite,
+  sampleNaN,
+  sampleNothing,
+  type SampleOptions,
+  type SampleState,
+} from './ops/sample.js';
