@@ -131,3 +131,17 @@ export {
   type SampleOptions,
   type SampleState,
 } from './ops/sample.js';
+export {
+  decodeGguf,
+  encodeGguf,
+  fitsGguf,
+  ggufBytes,
+  GgufError,
+  type GgufFile,
+  type GgufInfo,
+  type GgufTensor,
+  type GgufType,
+  type GgufValue,
+  openGguf,
+  writeGguf,
+} from './gguf.js';
