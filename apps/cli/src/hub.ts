@@ -228,14 +228,23 @@ export async function resolveModel(idOrFolder: string, options: HubOptions = {})
  * The local folder of a model's tokenizer: the folder itself, or a snapshot with the small files of the model alone, for
  * commands that need no weights.
  */
-export async function resolveTokenizer(idOrFolder: string, options: HubOptions = {}): Promise<string> {
+export function resolveTokenizer(idOrFolder: string, options: HubOptions = {}): Promise<string> {
+  return resolveSmallFiles(idOrFolder, 'tokenizer.json', options);
+}
+
+/** The same for a model's configuration: a tokenizer may be missing. */
+export function resolveModelConfig(idOrFolder: string, options: HubOptions = {}): Promise<string> {
+  return resolveSmallFiles(idOrFolder, 'config.json', options);
+}
+
+async function resolveSmallFiles(idOrFolder: string, needed: string, options: HubOptions): Promise<string> {
   const local = await localFolder(idOrFolder, 'model');
   if (local !== undefined) return local;
   checkRepoId(idOrFolder, 'model');
   const hub = await settings(options);
   const fill = (snapshot: Snapshot): Promise<void> =>
     snapshot.fetch(snapshot.files.filter((file) => !file.path.includes('/') && modelFile(file.path)));
-  return fetchSnapshot(hub, 'model', idOrFolder, fill, ['tokenizer.json']);
+  return fetchSnapshot(hub, 'model', idOrFolder, fill, [needed]);
 }
 
 /** Small files of a model: everything that configuration, tokenizer and generation need. */

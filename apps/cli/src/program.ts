@@ -108,6 +108,16 @@ function number(least: number, most = Number.POSITIVE_INFINITY): (text: string) 
   };
 }
 
+/** Bytes as people write them; without a unit they are GB, as in `memory_limit_gb`. */
+function byteCount(text: string): number {
+  const [, value = '', unit = 'gb'] = /^\s*([\d.]+)\s*([kmgt]i?b)?\s*$/i.exec(text) ?? [];
+  const bytes = Number(value) * (unit.length === 3 ? 1024 : 1000) ** ('kmgt'.indexOf(unit[0].toLowerCase()) + 1);
+  if (value === '' || !Number.isFinite(bytes) || bytes <= 0) {
+    throw new InvalidArgumentError('It must be a number of bytes with a unit, such as 8GB or 7.5GiB.');
+  }
+  return bytes;
+}
+
 function list(text: string): string[] {
   const items = text.split(',').map((item) => item.trim());
   if (items.some((item) => item === ''))
@@ -151,7 +161,9 @@ function buildProgram(io: Io, run: Runner): Command {
       `
 Examples:
   lorikeet doctor                                    which GPU, and is it ready
+  lorikeet bench                                     how fast it trains and generates
   lorikeet data preview -c run.yaml -n 3             what will be trained, token by token
+  lorikeet plan -c run.yaml --budget 8GB             does it fit, and what would make it fit
   lorikeet train -c run.yaml lora.r=16               fine-tune
   lorikeet eval --model ./model --adapter ./out --data test.jsonl --labels negative,neutral,positive
   lorikeet generate --model ./model --adapter ./out --prompt "Answer: "
@@ -200,6 +212,28 @@ lorikeet train -c run.yaml --json > log.jsonl    one JSON object a log step`,
       await run(command, async (context) => {
         const { runTrain } = await import('./commands/train.js');
         await runTrain(context, overrides, command.opts());
+      });
+    });
+
+  add(
+    program,
+    'plan',
+    'Says what a run will take, by part, before anything is loaded; with a budget, whether it fits and what would make it fit.',
+    `lorikeet plan -c run.yaml
+lorikeet plan -c run.yaml --budget 8GB           exit code 1 when it does not fit
+lorikeet plan -c run.yaml --budget 8GB gradient_checkpointing=true lora.r=8
+lorikeet plan model=mistralai/Mistral-7B-v0.1 dtype=float16 max_length=512 --json`,
+  )
+    .argument('[key=value...]', 'keys of the run file')
+    .option('-c, --config <file>', 'run file (YAML)')
+    .option('--budget <bytes>', 'memory that there is, such as 8GB or 7.5GiB (default: memory_limit_gb)', byteCount)
+    .option('--no-data', 'read no data: every row has max_length tokens, all of them trained')
+    .addOption(dtypeOption())
+    .addOption(fourBitOption())
+    .action(async (overrides: string[], _options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runPlan } = await import('./commands/plan.js');
+        await runPlan(context, overrides, command.opts());
       });
     });
 
@@ -280,6 +314,31 @@ lorikeet generate --model ./model --adapter ./out --prompt "Answer: " --temperat
   for (const command of program.commands) {
     if (['eval', 'generate', 'merge'].includes(command.name())) withModel(command);
   }
+
+  add(
+    program,
+    'bench',
+    'Measures training and generation on this device: tokens a second, the time of each kernel, the share of the peak.',
+    `lorikeet bench
+lorikeet bench --model ./model --batch-size 4 --length 512 --rank 16
+lorikeet bench --json > bench.json`,
+  )
+    .option('--model <folder or id>', 'model to measure (default: a small Mistral of random weights)')
+    .option('--revision <name>', 'branch, tag or commit of the model on the hub')
+    .option('--cache-dir <folder>', 'where downloads are kept (default: HF_HOME)')
+    .option('--offline', 'use what is in the cache and ask no server')
+    .option('--batch-size <rows>', 'rows of a training step', integer(1), 4)
+    .option('--length <tokens>', 'tokens of a row', integer(2), 128)
+    .option('--rank <r>', 'rank of LoRA, on all linear layers', integer(1), 8)
+    .option('--new-tokens <n>', 'tokens to generate', integer(1), 32)
+    .option('--steps <n>', 'training steps to measure', integer(1), 3)
+    .addOption(dtypeOption())
+    .action(async (_options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runBench } = await import('./commands/bench.js');
+        await runBench(context, command.opts());
+      });
+    });
 
   add(
     program,

@@ -20,7 +20,7 @@ import { openCheckpointFolder, openFolder } from '@lorikeet/tensor/node';
 import type { Config, ConfigDType } from './config.js';
 import type { CommandContext } from './context.js';
 import { CliError, errorCode, errorMessage, fileError } from './errors.js';
-import { type HubOptions, resolveAdapter, resolveModel } from './hub.js';
+import { type HubOptions, resolveAdapter, resolveModel, resolveModelConfig } from './hub.js';
 import { formatBytes, printable } from './text.js';
 import type { Progress } from './ui.js';
 
@@ -85,6 +85,12 @@ export async function openCommandDevice(flags: DeviceFlags = {}): Promise<Device
   return device;
 }
 
+/** How messages call a device. */
+export function deviceName({ info }: Device): string {
+  const name = info.description || [info.vendor, info.device].filter((part) => part !== '').join(' ') || 'unnamed';
+  return `${printable(name)}${info.fallback ? ' (software)' : ''}`;
+}
+
 /** A model's files: everything but its weights has been read. */
 export interface ModelFiles {
   /** As the user named it: folder or hub id. */
@@ -128,18 +134,19 @@ export async function readTokenizer(folder: string): Promise<Tokenizer | undefin
 }
 
 /**
- * Finds a model by folder or hub id (fetching it) and reads its configuration and tokenizer. Needs no device.
+ * Finds a model by folder or hub id (fetching it, or with `weights: false` its small files alone) and reads its
+ * configuration and tokenizer. Needs no device.
  * @throws CliError when it is not there or not a model
  */
 export async function readModelFiles(
   context: CommandContext,
   idOrFolder: string,
-  flags: HubFlags = {},
+  flags: HubFlags & { readonly weights?: boolean } = {},
 ): Promise<ModelFiles> {
   const hub = hubOptions(context, flags);
   let folder: string;
   try {
-    folder = await resolveModel(idOrFolder, hub);
+    folder = await (flags.weights === false ? resolveModelConfig : resolveModel)(idOrFolder, hub);
   } finally {
     hub.done();
   }

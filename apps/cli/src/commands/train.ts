@@ -1,4 +1,5 @@
 /** `lorikeet train`: fine-tunes a model as a run file says. */
+import { rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Mistral } from '@lorikeet/mistral';
 import { type Adapter, injectAdapter, loraConfig } from '@lorikeet/peft';
@@ -22,9 +23,14 @@ import type { CommandContext } from '../context.js';
 import { CliError, InterruptedError, UsageError } from '../errors.js';
 import { previewLegend, renderPreview } from '../mask-preview.js';
 import { modelCard } from '../model-card.js';
+import { machineOf, type Plan, tryPlan } from '../plan.js';
+import { suggestionsFor } from '../plan-fit.js';
+import { fitText, formatFlops, partsInWords, planBesideCount, planJson } from '../plan-report.js';
+import { inFourBits, planSettings, runLora } from '../plan-settings.js';
 import { loadRunData, type RunData } from '../run-data.js';
 import { checkOutputFolder, clearOutputFolder, writeRunFiles } from '../run-files.js';
 import {
+  deviceName,
   loadModel,
   type ModelFiles,
   neededVocabSize,
@@ -66,7 +72,10 @@ export async function runTrain(
       fix: 'Leave --resume out; the run starts from the beginning.',
     });
   }
-  const { config, notes, given } = await loadConfig(options.config, { overrides, flags: { dtype: options.dtype, load_in_4bit: options.loadIn4bit } });
+  const { config, notes, given } = await loadConfig(options.config, {
+    overrides,
+    flags: { dtype: options.dtype, load_in_4bit: options.loadIn4bit },
+  });
   for (const note of notes) ui.note(note);
   if (options.dryRun === true) {
     if (ui.json) ui.data(config);
@@ -84,15 +93,62 @@ export async function runTrain(
   const data = await loadRunData(context, config, requireTokenizer(files.tokenizer, files.folder));
   const device = await openCommandDevice({ device: config.device, memoryLimitGb: config.memory_limit_gb });
   try {
-    await new Run(context, config, { given, files, data, device }).go();
-  } catch (error) {
-    if (!(error instanceof OutOfMemoryError)) throw error;
-    throw new CliError(error.message, {
-      fix: 'Lower per_device_train_batch_size (and raise gradient_accumulation_steps), lower max_length, keep gradient_checkpointing on, or use dtype float16.',
-      cause: error,
-    });
+    await trainOn(context, device, { config, given, files, data });
   } finally {
     device.destroy();
+  }
+}
+
+/** A run whose files and data have been read. */
+export interface PreparedRun {
+  readonly config: Config;
+  /** Dotted names of the keys that were given a value. */
+  readonly given: ReadonlySet<string>;
+  readonly files: ModelFiles;
+  readonly data: RunData;
+}
+
+/**
+ * Plans a run and does it, on a device of the caller's.
+ * @throws CliError when the plan is over the run's `memory_limit_gb`, or the memory does not suffice after all; it says by
+ * part what was planned, in the latter case what was counted, and which settings would fit
+ */
+export async function trainOn(context: CommandContext, device: Device, run: PreparedRun): Promise<void> {
+  const { config, files, data } = run;
+  const settings = await planSettings(config, files, data);
+  const machine = machineOf(device);
+  const plan = await tryPlan(settings, machine);
+  const limit = config.memory_limit_gb === null ? Infinity : config.memory_limit_gb * 1e9;
+  if (plan instanceof OutOfMemoryError) {
+    const suggestions = await suggestionsFor(context, settings, { budget: limit, machine });
+    throw new CliError(plan.message, { fix: fitText(suggestions, limit), cause: plan });
+  }
+  if (plan.peakBytes > limit) {
+    throw new CliError(
+      `the run would take ${formatBytes(plan.peakBytes)} (${partsInWords(plan.parts)}), more than memory_limit_gb: ${config.memory_limit_gb}`,
+      { fix: fitText(await suggestionsFor(context, settings, { budget: limit, machine }), limit) },
+    );
+  }
+  try {
+    await new Run(context, run, { device, plan }).go();
+  } catch (error) {
+    if (!(error instanceof OutOfMemoryError)) throw error;
+    const counted = device.stats();
+    // So much was there, which is all that is known when the device itself has no more.
+    const budget = counted.peakReservedBytes;
+    const suggestions = await suggestionsFor(context, settings, { budget, machine });
+    if (context.ui.json) {
+      context.ui.data({
+        event: 'out_of_memory',
+        planned: { peak_bytes: plan.peakBytes, parts: plan.parts },
+        counted: { peak_bytes: counted.peakBytes, parts: counted.peakParts },
+        suggestions: suggestions.map(({ changes, peakBytes }) => ({ changes, peak_bytes: peakBytes })),
+      });
+    }
+    throw new CliError(`out of memory: ${error.message}\n${planBesideCount(plan, counted)}\n`, {
+      fix: fitText(suggestions, budget),
+      cause: error,
+    });
   }
 }
 
@@ -112,24 +168,23 @@ class Run {
   readonly #files: ModelFiles;
   readonly #data: RunData;
   readonly #device: Device;
+  readonly #plan: Plan;
   readonly #args: TrainingArguments;
   readonly #total: number;
   readonly #started = new Date();
 
-  constructor(
-    context: CommandContext,
-    config: Config,
-    parts: { given: ReadonlySet<string>; files: ModelFiles; data: RunData; device: Device },
-  ) {
+  constructor(context: CommandContext, run: PreparedRun, { device, plan }: { device: Device; plan: Plan }) {
+    const { config } = run;
     this.#context = context;
     this.#config = config;
-    this.#given = parts.given;
-    this.#files = parts.files;
-    this.#data = parts.data;
-    this.#device = parts.device;
+    this.#given = run.given;
+    this.#files = run.files;
+    this.#data = run.data;
+    this.#device = device;
+    this.#plan = plan;
     const { lora: _lora, special_tokens: _tokens, data_seed, eval_steps, ...plain } = config;
     const args: TrainingArguments = { ...plain, ...(data_seed === null ? {} : { data_seed }) };
-    const { perEpoch, total } = totalSteps(parts.data.train.examples.length, args);
+    const { perEpoch, total } = totalSteps(run.data.train.examples.length, args);
     this.#total = total;
     const every = stepsOf(eval_steps ?? config.logging_steps, total);
     this.#args = { ...args, eval_steps: { no: 0, steps: every, epoch: perEpoch }[config.eval_strategy] };
@@ -158,17 +213,12 @@ class Run {
       quantization: config.load_in_4bit ? 'nf4' : undefined,
       vocabSize: neededVocabSize(this.#files.config, tokenizer),
     });
-    const newRows = added.map((token) => token.id);
     const adapter = injectAdapter(
       model,
       loraConfig({
-        ...config.lora,
+        ...runLora(config, this.#files.config, added),
         base_model_name_or_path: this.#files.name,
         revision: config.revision,
-        trainable_token_indices:
-          newRows.length === 0
-            ? null
-            : { embed_tokens: newRows, ...(this.#files.config.tie_word_embeddings ? {} : { lm_head: newRows }) },
       }),
       { seed: config.seed },
     );
@@ -178,12 +228,15 @@ class Run {
     if (before !== undefined) this.#showEvaluation('before', before);
 
     await clearOutputFolder(config.output_dir);
-    const log = await openJsonLines(join(config.output_dir, 'train_log.jsonl'));
+    const logPath = join(config.output_dir, 'train_log.jsonl');
+    const log = await openJsonLines(logPath);
     let course: Course;
     try {
       course = await this.#train(model, adapter, collate, log);
     } finally {
       await log.close();
+      // A run that failed before it logged anything leaves nothing.
+      if ((await stat(logPath)).size === 0) await rm(logPath);
     }
     const { last } = course;
     const { signal } = this.#context;
@@ -227,6 +280,7 @@ class Run {
         validation_rows: validation?.report.kept ?? 0,
         total_steps: this.#total,
         output_dir: config.output_dir,
+        plan: planJson(this.#plan),
       });
     }
     const { dim } = ui.colors;
@@ -256,7 +310,8 @@ class Run {
         dim('run'),
         `${formatCount(this.#total)} steps of ${perStep} rows, learning rate ${formatNumber(config.learning_rate)} ${config.lr_scheduler_type}, warm-up ${formatCount(warmup)}`,
       ],
-      [dim('memory'), `${formatBytes(this.#device.stats().liveBytes)} with the model loaded`],
+      [dim('memory'), `${formatBytes(this.#plan.peakBytes)} planned at the peak: ${partsInWords(this.#plan.parts)}`],
+      [dim('a step'), `${formatFlops(this.#plan.step.flops)} in ${formatCount(this.#plan.step.dispatches)} dispatches`],
     ]);
     ui.line();
     ui.line(`first row: ${previewLegend(ui)}`);
@@ -391,6 +446,7 @@ class Run {
         total_steps: this.#total,
         skipped_steps: last.skippedSteps,
         peak_memory_bytes: last.peakBytes,
+        planned_memory_bytes: this.#plan.peakBytes,
         versions: versions(),
         device: this.#device.info,
         seed: config.seed,
@@ -492,17 +548,8 @@ interface Course {
   readonly evaluation: Evaluation | undefined;
 }
 
-function inFourBits(config: Config, files: ModelFiles): boolean {
-  return config.load_in_4bit || files.config.quantization === 'nf4';
-}
-
 function dtypeName(model: Mistral): 'float32' | 'float16' {
   return model.dtype === 'f32' ? 'float32' : 'float16';
-}
-
-function deviceName({ info }: Device): string {
-  const name = info.description || [info.vendor, info.device].filter((part) => part !== '').join(' ') || 'unnamed';
-  return `${printable(name)}${info.fallback ? ' (software)' : ''}`;
 }
 
 /** One line of train_log.jsonl; names as in the Trainer's log history. */

@@ -1,0 +1,102 @@
+/** From a run file and a model's files to what a plan depends on. */
+import { type AddedToken, type MistralConfig, type Tokenizer, withMistralConfig } from '@lorikeet/mistral';
+import type { LoraOptions } from '@lorikeet/peft';
+import { isJsonObject } from '@lorikeet/tensor';
+import { openCheckpointFolder } from '@lorikeet/tensor/node';
+import { totalSteps } from '@lorikeet/trainer';
+import type { Config } from './config.js';
+import { type PlanSettings, rowSizes } from './plan.js';
+import { type RunData, withSpecialTokens } from './run-data.js';
+import { deviceDType, type ModelFiles, neededVocabSize } from './session.js';
+
+/** The adapter of a run: what the file asks for, and the rows of new tokens. */
+export function runLora(config: Config, model: MistralConfig, added: readonly Pick<AddedToken, 'id'>[]): LoraOptions {
+  const rows = added.map(({ id }) => id);
+  return {
+    ...config.lora,
+    trainable_token_indices:
+      rows.length === 0 ? null : { embed_tokens: rows, ...(model.tie_word_embeddings ? {} : { lm_head: rows }) },
+  };
+}
+
+/** Whether the linear layers are stored in 4 bits: the run asks for it, or the checkpoint holds them so. */
+export function inFourBits(config: Config, files: ModelFiles): boolean {
+  return config.load_in_4bit || files.config.quantization === 'nf4';
+}
+
+/** Whether the checkpoint's 4-bit weights have scales in f32, which are kept as they are. */
+function wideScales({ config }: ModelFiles): boolean {
+  const stored = config.source['quantization_config'];
+  return config.quantization === 'nf4' && isJsonObject(stored) && stored['bnb_4bit_use_double_quant'] !== true;
+}
+
+/** Storage of weights and activations: what the run asks for, else what the checkpoint has, else what its configuration says. */
+async function plannedDType(config: Config, files: ModelFiles): Promise<'f32' | 'f16'> {
+  if (config.fp16 || config.dtype === 'float16') return 'f16';
+  if (config.dtype === 'float32') return 'f32';
+  const named = files.config.torch_dtype === null || files.config.torch_dtype === 'float32' ? 'f32' : 'f16';
+  try {
+    const file = await openCheckpointFolder(files.folder);
+    try {
+      return deviceDType('auto', file);
+    } finally {
+      await file.close();
+    }
+  } catch {
+    // The weights need not be here yet; loading says what is wrong with them.
+    return named;
+  }
+}
+
+/** Special tokens that the run adds; without a tokenizer all that it names count as new. */
+function addedTokens(
+  config: Config,
+  model: MistralConfig,
+  tokenizer: Tokenizer | undefined,
+): { readonly added: readonly Pick<AddedToken, 'id'>[]; readonly tokenizer?: Tokenizer } {
+  if (tokenizer !== undefined) return withSpecialTokens(tokenizer, config.special_tokens);
+  const { bos_token, eos_token, pad_token, additional_special_tokens } = config.special_tokens;
+  const texts = new Set([bos_token, eos_token, pad_token, ...additional_special_tokens].filter((t) => t !== null));
+  return { added: [...texts].map((_, i) => ({ id: model.vocab_size + i })) };
+}
+
+/**
+ * What the plan of a run depends on. Without `data` every row has `max_length` tokens, all of them trained, and the
+ * number of steps is known only if the run file says it.
+ */
+export async function planSettings(
+  config: Config,
+  files: ModelFiles,
+  data: RunData | undefined,
+): Promise<PlanSettings> {
+  const { added, tokenizer } = data ?? addedTokens(config, files.config, files.tokenizer);
+  const vocab = added.reduce((most, { id }) => Math.max(most, id + 1), neededVocabSize(files.config, tokenizer));
+  const model = vocab > files.config.vocab_size ? withMistralConfig(files.config, { vocab_size: vocab }) : files.config;
+  const heldOut =
+    data === undefined ? config.validation_split > 0 || config.validation_file !== null : data.validation !== undefined;
+  return {
+    model,
+    dtype: await plannedDType(config, files),
+    load_in_4bit: inFourBits(config, files),
+    wideScales: wideScales(files),
+    lora: runLora(config, model, added),
+    per_device_train_batch_size: config.per_device_train_batch_size,
+    gradient_accumulation_steps: config.gradient_accumulation_steps,
+    max_length: config.max_length,
+    gradient_checkpointing: config.gradient_checkpointing,
+    steps: plannedSteps(config, data) ?? 0,
+    per_device_eval_batch_size: heldOut ? config.per_device_eval_batch_size : 0,
+    ...(data === undefined
+      ? {}
+      : { rows: { train: rowSizes(data.train.examples), validation: rowSizes(data.validation?.examples ?? []) } }),
+  };
+}
+
+/** Optimizer steps of the run, if they follow from what is known. */
+export function plannedSteps(config: Config, data: RunData | undefined): number | undefined {
+  if (data !== undefined) {
+    const { eval_steps: _evalSteps, data_seed: _dataSeed, ...args } = config;
+    return totalSteps(data.train.examples.length, args).total;
+  }
+  return config.max_steps > 0 ? config.max_steps : undefined;
+}
