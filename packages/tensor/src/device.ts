@@ -286,10 +286,12 @@ export class Device {
     checkShape(shape, 'emptyWeight');
     const rows = rowsOf(shape);
     const rowBytes = storedBytes(shape, dtype) / rows;
-    const most = Math.floor(this.#pool.largest / rowBytes);
-    if (rows <= most || most === 0 || shape.length !== 2) return own(this.#allocate(shape, dtype, true));
+    const fitting = Math.floor(this.#pool.largest / rowBytes);
+    // Multiples of 8 rows, so that a part's outputs start at whole vectors of a linear layer's result.
+    const most = fitting - (fitting % 8);
+    if (rows <= fitting || most === 0 || shape.length !== 2) return own(this.#allocate(shape, dtype, true));
     const count = Math.ceil(rows / most);
-    const each = Math.ceil(rows / count);
+    const each = 8 * Math.ceil(rows / count / 8);
     const parts: Tensor[] = [];
     try {
       for (let row = 0; row < rows; row += each) {

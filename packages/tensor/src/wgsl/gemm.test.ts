@@ -3,6 +3,7 @@ import { expect, it } from 'vitest';
 import { planDevice } from '../device.js';
 import { type DType, f16Bits, f16Value } from '../dtype.js';
 import { ShapeError } from '../errors.js';
+import { quantize } from '../quantized.js';
 import { own, scope } from '../scope.js';
 import { Tensor } from '../tensor.js';
 import { gemm, type GemmOptions, isSliced } from './gemm.js';
@@ -30,10 +31,23 @@ interface Case {
   readonly batch?: number;
   readonly accumulate?: boolean;
   readonly dtype: DType;
+  /** b is NF4. */
+  readonly quantized?: boolean;
 }
 
 async function product(c: Case, tier: GemmTier): Promise<{ found: number[]; expected: number[] }> {
-  const { m, n, k, k2 = 0, transA = false, transB = false, batch = 1, accumulate = false, dtype } = c;
+  const {
+    m,
+    n,
+    k,
+    k2 = 0,
+    transA = false,
+    transB = false,
+    batch = 1,
+    accumulate = false,
+    dtype,
+    quantized = false,
+  } = c;
   const before = gemmChoice(device);
   setGemmChoice(device, { large: tier, small: tier, sliced: tier });
   const leading = batch === 1 ? [] : [batch];
@@ -49,7 +63,12 @@ async function product(c: Case, tier: GemmTier): Promise<{ found: number[]; expe
     return [x, type === 'f16' ? Float32Array.from(host, (v) => f16Value(f16Bits(v))) : host];
   };
   const [a, hostA] = tensor([...leading, ...(transA ? [k, m] : [m, k])], 1, dtype);
-  const [b, hostB] = tensor([...leading, ...(transB ? [n, k] : [k, n])], 2, dtype);
+  let [b, hostB] = tensor([...leading, ...(transB ? [n, k] : [k, n])], 2, dtype);
+  if (quantized) {
+    b = scope(() => quantize(b, 'nf4').retain());
+    made.push(b);
+    hostB = Float32Array.from(await b.read());
+  }
   const [a2, hostA2] = tensor([m, Math.max(1, k2)], 3, 'f32');
   const [b2, hostB2] = tensor(transB ? [n, Math.max(1, k2)] : [Math.max(1, k2), n], 4, 'f32');
   const [out, hostOut] = accumulate
@@ -95,6 +114,8 @@ const cases: readonly Case[] = [
   { dtype: 'f16', m: 35, n: 141, k: 43, k2: 6 },
   { dtype: 'f16', m: 67, n: 45, k: 37, ...tn },
   { dtype: 'f16', m: 5, n: 20, k: 9, batch: 3 },
+  { dtype: 'f16', m: 35, n: 42, k: 40, quantized: true, ...nt },
+  { dtype: 'f16', m: 35, n: 40, k: 43, quantized: true },
 ];
 
 // Of these the direct tier's kernel serves the shared ones too.
