@@ -286,16 +286,46 @@ describe.each(tiers)('attention, $tier kernels', ({ tier, on }) => {
         const [q, k, v, spans] = upload(on, inputsOf({ B: 1, T, S: T, H: 2, G: 1, D: 8 }, [0, T]), 'f32');
         const before = on.stats().liveBytes;
         on.resetPeak();
-        valueAndGrad(() => sum(attention(q, k, v, spans)), [q, k, v]);
+        valueAndGrad(() => sum(attention(q, k, v, spans, { window: 64 })), [q, k, v]);
         return on.stats().peakBytes - before;
       });
-    const [short, middle, long] = [128, 256, 512].map(peakOf);
+    const [short, middle, long] = [512, 1024, 2048].map(peakOf);
     expect(short).toBeGreaterThan(0);
-    // Second difference; one score matrix of a head would make it 4 (512^2 - 3 * 256^2 + 2 * 128^2) = 393,216.
-    expect(Math.abs(long - 3 * middle + 2 * short)).toBeLessThan(8192);
-    expect(long).toBeLessThan(4 * 512 * 512);
+    // The second difference; one score matrix of a head would make it 6 MiB.
+    expect(long - 3 * middle + 2 * short).toBe(0);
+    expect(long).toBeLessThan(4 * 2048 * 2048);
   });
 });
+
+it(
+  'attention: f16 heads of 128 columns, four to a key head, under a window and padding',
+  async () => {
+    const T = 37;
+    const arrays = inputsOf({ B: 2, T, S: T, H: 4, G: 1, D: 128 }, [0, T, 6, 31], 'f16');
+    const dy = array64(
+      arrays[0].shape,
+      randomArray64(arrays[0].data.length, 4).map((v) => roundTo(v, 'f16')),
+    );
+    const options = { window: 20 };
+    const { out, grads } = attention64(arrays, options, dy);
+    const made = scope(() => {
+      const inputs = upload(device, arrays, 'f16');
+      const cotangent = device.fromArray(dy.data, dy.shape, 'f16');
+      const [q, k, v, spans] = inputs;
+      const { aux, grads } = valueAndGrad(() => {
+        const y = attention(q, k, v, spans, options);
+        return [sum(mul(y, cotangent)), y];
+      }, [q, k, v]);
+      return keep([...aux, ...grads]);
+    });
+    for (const [n, x] of made.entries()) {
+      const error = relativeError(await x.read(), n === 0 ? out.data : grads[n - 1].data);
+      expect(error, ['out', 'dq', 'dk', 'dv'][n]).toBeLessThan(n === 0 ? 1e-3 : 2e-3);
+      x.dispose();
+    }
+  },
+  timeout,
+);
 
 it('attention: heads whose columns fall into uneven parts', async () => {
   for (const { on } of tiers) {

@@ -54,7 +54,7 @@ function pairsOf({ tq }: Sizes, { window, queryOffset, keyLength }: Attrs): numb
 
 /** Dispatches a flash kernel; `products` is the number of matrix products in it, for the flop count. */
 function run(
-  { kernel, rows, chunks }: FlashKernel,
+  { kernel, rows }: FlashKernel,
   tensors: Readonly<Record<string, Tensor>>,
   sizes: Sizes,
   attrs: Attrs,
@@ -78,8 +78,9 @@ function run(
       window: attrs.window,
       scale: attrs.scale,
       pitch,
+      octets: sizes.hd / 8,
     },
-    tiles * chunks * sizes.b * sizes.g,
+    tiles * sizes.b * sizes.g,
     { flops: products * 2 * pairsOf(sizes, attrs) * sizes.hd * sizes.b * sizes.h },
   );
 }
@@ -124,12 +125,20 @@ export const attentionOp: Op<Attrs> = defineOp<Attrs>({
     const { b, g, hd, rows, h, tq } = sizes;
     const stats = device.empty([b, g, 2 * rows], 'f32');
     const statsRows = b * g * (pitchOf(2 * rows, 'f32') / 2);
-    const { kernel, rows: threads } = flashStats(hd);
     device.dispatch(
-      kernel,
+      flashStats.kernel,
       { out, dy, lse, stats },
-      { rows, ratio: h / g, kv_heads: g, q_length: tq, pitch: lse.pitch, stats_pitch: stats.pitch, count: statsRows },
-      Math.ceil(statsRows / threads),
+      {
+        rows,
+        ratio: h / g,
+        kv_heads: g,
+        q_length: tq,
+        pitch: lse.pitch,
+        stats_pitch: stats.pitch,
+        count: statsRows,
+        quads: hd / 4,
+      },
+      Math.ceil(statsRows / flashStats.rows),
     );
     const inputs = { q, k, v, dy, stats, spans };
     let dq: Tensor | undefined;

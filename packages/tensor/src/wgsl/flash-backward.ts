@@ -4,9 +4,8 @@
  * dS = P * (dP - D), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Every sum runs in one thread or lane in a fixed
  * order, so gradients are the same bits every time. See flash.ts for the layout of rows and lanes.
  */
-import { defineKernel, type Kernel } from '../kernel.js';
+import { defineKernel } from '../kernel.js';
 import {
-  chunksOf,
   flashParams,
   flashPrelude,
   flashRowPrelude,
@@ -24,6 +23,7 @@ import {
   tileAccumulate,
   tileDot,
   tileStore,
+  tileSums,
 } from './flash.js';
 import type { FlashKernel } from './flash-forward.js';
 
@@ -32,28 +32,30 @@ export type KeyGrads = 'k' | 'v' | 'kv';
 
 const statsThreads = 64;
 
-/** One thread a row: stats[2 * row] = lse and stats[2 * row + 1] = D, in one tensor so that 8 bindings suffice. */
-const statsKernel = (hd: number): Kernel =>
-  defineKernel({
-    name: `flash_stats_${hd}`,
-    bindings: {
-      out: 'read',
-      dy: 'read',
-      lse: { access: 'read', width: 1 },
-      stats: { access: 'write', width: 1 },
-    },
-    params: {
-      rows: 'u32',
-      ratio: 'u32',
-      kv_heads: 'u32',
-      q_length: 'u32',
-      pitch: 'u32',
-      stats_pitch: 'u32',
-      count: 'u32',
-    },
-    constants: { QUADS: hd / 4 },
-    workgroupSize: statsThreads,
-    body: `
+/**
+ * One thread a row: stats[2 * row] = lse and stats[2 * row + 1] = D, in one tensor so that 8 bindings suffice. The length
+ * of a head is a parameter: compilers unroll a loop of known length, and take seconds for it.
+ */
+const statsKernel = defineKernel({
+  name: 'flash_stats',
+  bindings: {
+    out: 'read',
+    dy: 'read',
+    lse: { access: 'read', width: 1 },
+    stats: { access: 'write', width: 1 },
+  },
+  params: {
+    rows: 'u32',
+    ratio: 'u32',
+    kv_heads: 'u32',
+    q_length: 'u32',
+    pitch: 'u32',
+    stats_pitch: 'u32',
+    count: 'u32',
+    quads: 'u32',
+  },
+  workgroupSize: statsThreads,
+  body: `
 fn kernel(group: u32, lane: u32) {
   let i = group * WORKGROUP + lane;
   if (i >= P.count) { return; }
@@ -64,27 +66,25 @@ fn kernel(group: u32, lane: u32) {
   var d = 0.0;
   if (row < P.rows) {
     let b = bg / P.kv_heads;
-    let at = (((b * P.q_length + row / P.ratio) * P.kv_heads + bg % P.kv_heads) * P.ratio + row % P.ratio) * QUADS;
-    for (var c = 0u; c < QUADS; c++) { d += dot(out_load4(at + c), dy_load4(at + c)); }
+    let at = (((b * P.q_length + row / P.ratio) * P.kv_heads + bg % P.kv_heads) * P.ratio + row % P.ratio) * P.quads;
+    for (var c = 0u; c < P.quads; c++) { d += dot(out_load4(at + c), dy_load4(at + c)); }
     lse = lse_load(bg * P.pitch + row);
   }
   stats_store(2u * i, lse);
   stats_store(2u * i + 1u, d);
 }`,
-  });
+});
 
 const read8 = { access: 'read', width: 8 } as const;
 const read1 = { access: 'read', width: 1 } as const;
 
 function broadcastQueries(hd: number): FlashKernel {
-  const chunks = chunksOf(hd, 32);
-  const columns = range(chunks.steps * 8);
+  const steps = range(stepRows);
   const rows = 8 * laneRows;
   const body = `${flashPrelude}
 fn kernel(group: u32, lane: u32) {
   let tile = group % P.tiles;
-  let chunk = (group / P.tiles) % ${chunks.count}u;
-  let bg = group / (P.tiles * ${chunks.count}u);
+  let bg = group / P.tiles;
   let b = bg / P.kv_heads;
   let g = bg % P.kv_heads;
   let row = tile * ${rows}u + lane * ${laneRows}u;
@@ -100,18 +100,17 @@ fn kernel(group: u32, lane: u32) {
   let first = key_range(b, tile * ${rows}u).x;
   let end = key_range(b, min(tile * ${rows}u + ${rows - 1}u, P.rows - 1u)).y;
   let factor = P.scale * LOG2E;
-  ${lines(columns, (c) => `var g${c} = vec4<f32>(0.0);`)}
+  ${tileSums('gq', hd)}
   for (var j = first; j < end; j += ${stepRows}u) {
-  let key0 = key_at(b, g, min(j + lane, end - 1u)) * ${hd / 8}u;
-  let key1 = key_at(b, g, min(j + lane + 8u, end - 1u)) * ${hd / 8}u;
+  ${lines(range(stepRows / 8), (y) => `let key${y} = key_at(b, g, min(j + lane + ${8 * y}u, end - 1u)) * ${hd / 8}u;`)}
   ${tileDot('s', 'q', 'q_at', 'k', 'key', hd)}
   ${tileDot('t', 'dy', 'q_at', 'v', 'key', hd)}
   let at = vec4<u32>(j) - lo;
-  ${lines(range(stepRows), (r) => `s${r} = select(vec4<f32>(0.0), exp2(s${r} * factor - lse) * (t${r} - d), at + ${r}u < n);`)}
-  ${tileAccumulate('g', 's', 'k', 'key', chunks.column8, chunks.steps, hd)}
+  ${lines(steps, (r) => `s${r} = select(vec4<f32>(0.0), exp2(s${r} * factor - lse) * (t${r} - d), at + ${r}u < n);`)}
+  ${tileAccumulate('gq', 's', 'k', 'key', hd)}
   }
   let scale = vec4<f32>(P.scale);
-  ${tileStore('g', 'scale', 'dq', 'q_at', chunks, chunks.steps, (c) => `row + ${c}u < P.rows`)}
+  ${tileStore('gq', 'scale', 'dq', 'q_at', hd, (c) => `row + ${c}u < P.rows`)}
 }`;
   const kernel = defineKernel({
     name: `flash_dq_broadcast_${hd}`,
@@ -121,19 +120,17 @@ fn kernel(group: u32, lane: u32) {
     subgroups: true,
     body,
   });
-  return { kernel, rows, chunks: chunks.count };
+  return { kernel, rows };
 }
 
 function broadcastKeys(hd: number, grads: KeyGrads): FlashKernel {
   const [dk, dv] = [grads !== 'v', grads !== 'k'];
-  const chunks = chunksOf(hd, 32);
-  const columns = range(chunks.steps * 8);
+  const steps = range(stepRows);
   const keys = 8 * laneRows;
   const body = `${flashPrelude}${flashRowPrelude}
 fn kernel(group: u32, lane: u32) {
   let tile = group % P.tiles;
-  let chunk = (group / P.tiles) % ${chunks.count}u;
-  let bg = group / (P.tiles * ${chunks.count}u);
+  let bg = group / P.tiles;
   let b = bg / P.kv_heads;
   let g = bg % P.kv_heads;
   let key = tile * ${keys}u + lane * ${laneRows}u;
@@ -143,33 +140,31 @@ fn kernel(group: u32, lane: u32) {
   let seen = row_range(b, tile * ${keys}u, ${keys}u);
   let end = seen.y;
   let factor = P.scale * LOG2E;
-  ${dv ? lines(columns, (c) => `var v${c} = vec4<f32>(0.0);`) : ''}
-  ${dk ? lines(columns, (c) => `var k${c} = vec4<f32>(0.0);`) : ''}
+  ${dv ? tileSums('gv', hd) : ''}
+  ${dk ? tileSums('gk', hd) : ''}
   for (var i0 = seen.x; i0 < end; i0 += ${stepRows}u) {
-  let r0 = min(i0 + lane, end - 1u);
-  let r1 = min(i0 + lane + 8u, end - 1u);
-  let row0 = query_at(b, g, r0) * ${hd / 8}u;
-  let row1 = query_at(b, g, r1) * ${hd / 8}u;
-  let lse0 = stats_load(bg * P.pitch + 2u * r0);
-  let lse1 = stats_load(bg * P.pitch + 2u * r1);
+  ${lines(
+    range(stepRows / 8),
+    (y) => `let r${y} = min(i0 + lane + ${8 * y}u, end - 1u); let row${y} = query_at(b, g, r${y}) * ${hd / 8}u;
+  let lse${y} = stats_load(bg * P.pitch + 2u * r${y});`,
+  )}
   ${tileDot('s', 'k', 'k_at', 'q', 'row', hd)}
   let at = vec4<u32>(i0) - lo;
-  ${lines(range(stepRows), (r) => `s${r} = select(vec4<f32>(0.0), exp2(s${r} * factor - subgroupBroadcast(lse${r >> 3}, ${r & 7}u)), at + ${r}u < n);`)}
-  ${dv ? tileAccumulate('v', 's', 'dy', 'row', chunks.column8, chunks.steps, hd) : ''}
+  ${lines(steps, (r) => `s${r} = select(vec4<f32>(0.0), exp2(s${r} * factor - subgroupBroadcast(lse${r >> 3}, ${r & 7}u)), at + ${r}u < n);`)}
+  ${dv ? tileAccumulate('gv', 's', 'dy', 'row', hd) : ''}
   ${
     dk
-      ? `let d0 = stats_load(bg * P.pitch + 2u * r0 + 1u);
-  let d1 = stats_load(bg * P.pitch + 2u * r1 + 1u);
+      ? `${lines(range(stepRows / 8), (y) => `let d${y} = stats_load(bg * P.pitch + 2u * r${y} + 1u);`)}
   ${tileDot('t', 'v', 'k_at', 'dy', 'row', hd)}
-  ${lines(range(stepRows), (r) => `s${r} *= t${r} - subgroupBroadcast(d${r >> 3}, ${r & 7}u);`)}
-  ${tileAccumulate('k', 's', 'q', 'row', chunks.column8, chunks.steps, hd)}`
+  ${lines(steps, (r) => `s${r} *= t${r} - subgroupBroadcast(d${r >> 3}, ${r & 7}u);`)}
+  ${tileAccumulate('gk', 's', 'q', 'row', hd)}`
       : ''
   }
   }
   let scale = vec4<f32>(P.scale);
   let one = vec4<f32>(1.0);
-  ${dk ? tileStore('k', 'scale', 'dk', 'k_at', chunks, chunks.steps, (c) => `key + ${c}u < P.k_length`) : ''}
-  ${dv ? tileStore('v', 'one', 'dv', 'k_at', chunks, chunks.steps, (c) => `key + ${c}u < P.k_length`) : ''}
+  ${dk ? tileStore('gk', 'scale', 'dk', 'k_at', hd, (c) => `key + ${c}u < P.k_length`) : ''}
+  ${dv ? tileStore('gv', 'one', 'dv', 'k_at', hd, (c) => `key + ${c}u < P.k_length`) : ''}
 }`;
   const kernel = defineKernel({
     name: `flash_d${grads}_broadcast_${hd}`,
@@ -188,7 +183,7 @@ fn kernel(group: u32, lane: u32) {
     subgroups: true,
     body,
   });
-  return { kernel, rows: keys, chunks: chunks.count };
+  return { kernel, rows: keys };
 }
 
 function portableQueries(hd: number): FlashKernel {
@@ -246,7 +241,7 @@ fn kernel(group: u32, lane: u32) {
     workgroupSize: portableThreads,
     body,
   });
-  return { kernel, rows, chunks: 1 };
+  return { kernel, rows };
 }
 
 function portableKeys(hd: number, grads: KeyGrads): FlashKernel {
@@ -312,7 +307,7 @@ fn kernel(group: u32, lane: u32) {
     workgroupSize: portableThreads,
     body,
   });
-  return { kernel, rows: keys, chunks: 1 };
+  return { kernel, rows: keys };
 }
 
 const cache = new Map<string, FlashKernel>();
@@ -327,9 +322,7 @@ function cached(key: string, make: () => FlashKernel): FlashKernel {
 }
 
 /** The kernel that gathers log-sum-exp and D of each row. */
-export function flashStats(hd: number): FlashKernel {
-  return cached(`stats ${hd}`, () => ({ kernel: statsKernel(hd), rows: statsThreads, chunks: 1 }));
-}
+export const flashStats: FlashKernel = { kernel: statsKernel, rows: statsThreads };
 
 /** The kernel of dQ. */
 export function flashQueries(hd: number, broadcast: boolean): FlashKernel {

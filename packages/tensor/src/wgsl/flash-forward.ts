@@ -1,7 +1,6 @@
 /** Flash attention forward: online softmax over tiles of keys; see flash.ts for the layout of rows and lanes. */
 import { defineKernel, type Kernel } from '../kernel.js';
 import {
-  chunksOf,
   flashParams,
   flashPrelude,
   laneRows,
@@ -18,24 +17,28 @@ import {
   tileAccumulate,
   tileDot,
   tileStore,
+  tileSums,
 } from './flash.js';
 
-/** A kernel, the rows that a workgroup takes, and the workgroups that share them. */
+/** A kernel and the rows that a workgroup takes. */
 export interface FlashKernel {
   readonly kernel: Kernel;
   readonly rows: number;
-  readonly chunks: number;
+}
+
+/** max() over values, as a tree. */
+function greatest(values: readonly string[]): string {
+  const half = values.length >> 1;
+  return half === 0 ? values[0] : `max(${greatest(values.slice(0, half))}, ${greatest(values.slice(half))})`;
 }
 
 function broadcastForward(hd: number): FlashKernel {
-  const chunks = chunksOf(hd, 32);
-  const columns = range(chunks.steps * 8);
+  const steps = range(stepRows);
   const rows = 8 * laneRows;
   const body = `${flashPrelude}
 fn kernel(group: u32, lane: u32) {
   let tile = group % P.tiles;
-  let chunk = (group / P.tiles) % ${chunks.count}u;
-  let bg = group / (P.tiles * ${chunks.count}u);
+  let bg = group / P.tiles;
   let b = bg / P.kv_heads;
   let g = bg % P.kv_heads;
   let row = tile * ${rows}u + lane * ${laneRows}u;
@@ -47,28 +50,23 @@ fn kernel(group: u32, lane: u32) {
   let factor = P.scale * LOG2E;
   var m = vec4<f32>(LEAST);
   var l = vec4<f32>(0.0);
-  ${lines(columns, (c) => `var o${c} = vec4<f32>(0.0);`)}
+  ${tileSums('o', hd)}
   for (var j = first; j < end; j += ${stepRows}u) {
-  let key0 = key_at(b, g, min(j + lane, end - 1u)) * ${hd / 8}u;
-  let key1 = key_at(b, g, min(j + lane + 8u, end - 1u)) * ${hd / 8}u;
+  ${lines(range(stepRows / 8), (y) => `let key${y} = key_at(b, g, min(j + lane + ${8 * y}u, end - 1u)) * ${hd / 8}u;`)}
   ${tileDot('s', 'q', 'q_at', 'k', 'key', hd)}
   let at = vec4<u32>(j) - lo;
-  ${lines(range(stepRows), (r) => `s${r} = select(vec4<f32>(MASKED), s${r} * factor, at + ${r}u < n);`)}
-  ${lines(range(8), (r) => `let a${r} = max(s${2 * r}, s${2 * r + 1});`)}
-  let next = max(m, max(max(max(a0, a1), max(a2, a3)), max(max(a4, a5), max(a6, a7))));
+  ${lines(steps, (r) => `s${r} = select(vec4<f32>(MASKED), s${r} * factor, at + ${r}u < n);`)}
+  let next = max(m, ${greatest(steps.map((r) => `s${r}`))});
   let shrink = exp2(m - next);
   m = next;
-  ${lines(range(stepRows), (r) => `let p${r} = exp2(s${r} - m);`)}
-  l = l * shrink + ${range(stepRows)
-    .map((r) => `p${r}`)
-    .join(' + ')};
-  ${lines(columns, (c) => `o${c} *= shrink;`)}
-  ${tileAccumulate('o', 'p', 'v', 'key', chunks.column8, chunks.steps, hd)}
+  ${lines(steps, (r) => `let p${r} = exp2(s${r} - m);`)}
+  l = l * shrink + ${steps.map((r) => `p${r}`).join(' + ')};
+  ${tileAccumulate('o', 'p', 'v', 'key', hd, 'shrink')}
   }
   let some = l > vec4<f32>(0.0);
   let inverse = select(vec4<f32>(0.0), 1.0 / l, some);
-  ${tileStore('o', 'inverse', 'out', 'q_at', chunks, chunks.steps, (c) => `row + ${c}u < P.rows`)}
-  if (chunk == 0u && row < P.pitch) { lse_store4((bg * P.pitch + row) / 4u, select(vec4<f32>(0.0), m + log2(l), some)); }
+  ${tileStore('o', 'inverse', 'out', 'q_at', hd, (c) => `row + ${c}u < P.rows`)}
+  if (row < P.pitch) { lse_store4((bg * P.pitch + row) / 4u, select(vec4<f32>(0.0), m + log2(l), some)); }
 }`;
   const kernel = defineKernel({
     name: `flash_forward_broadcast_${hd}`,
@@ -85,7 +83,7 @@ fn kernel(group: u32, lane: u32) {
     subgroups: true,
     body,
   });
-  return { kernel, rows, chunks: chunks.count };
+  return { kernel, rows };
 }
 
 function portableForward(hd: number): FlashKernel {
@@ -146,7 +144,7 @@ fn kernel(group: u32, lane: u32) {
     workgroupSize: portableThreads,
     body,
   });
-  return { kernel, rows, chunks: 1 };
+  return { kernel, rows };
 }
 
 const cache = new Map<string, FlashKernel>();

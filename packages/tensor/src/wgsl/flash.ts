@@ -36,6 +36,8 @@ export const flashParams: Readonly<Record<string, ParamType>> = {
   scale: 'f32',
   /** Stored floats per group of heads in lse, and in the statistics of backward. */
   pitch: 'u32',
+  /** Columns of a head / 8. */
+  octets: 'u32',
 };
 
 export const xyzw = ['x', 'y', 'z', 'w'] as const;
@@ -86,16 +88,17 @@ fn row_range(b: u32, key: u32, count: u32) -> vec2<u32> {
   return select(vec2<u32>(0u), vec2<u32>(first, min(end - 1u + u32(P.window), P.q_length)) * P.ratio, first < end);
 }`;
 
-/** Terms that a sum takes in a row. */
-const termsAtOnce = (hd: number): number => (hd === 32 ? 4 : 1);
+/** True for long heads, whose columns are walked in loops over a private array. */
+const looped = (hd: number): boolean => hd > 32;
 
-/** `s{r} += sum over the head of own row c * broadcast row r`: 16 vec4 over the lane's 4 rows, from zero. */
+/** `s{r} += sum over the head of own row c * broadcast row r`: one vec4 over the lane's 4 rows for each r, from zero. */
 export function tileDot(s: string, own: string, ownAt: string, other: string, otherAt: string, hd: number): string {
-  const terms = termsAtOnce(hd);
+  // Terms that a sum takes in a row, so that it stays in registers meanwhile.
+  const terms = hd < 32 ? 1 : looped(hd) ? 8 : 4;
   const part = (d: number): string => `[${d >> 2}].${xyzw[d & 3]}`;
   const step = (at: string): string => `
     ${lines(range(laneRows), (c) => `let x${c} = ${own}_load8(${ownAt}${c} + ${at});`)}
-    let y0 = ${other}_load8(${otherAt}0 + ${at}); let y1 = ${other}_load8(${otherAt}1 + ${at});
+    ${lines(range(stepRows / 8), (y) => `let y${y} = ${other}_load8(${otherAt}${y} + ${at});`)}
     ${lines(
       range(8),
       (d) =>
@@ -116,35 +119,56 @@ export function tileDot(s: string, own: string, ownAt: string, other: string, ot
   const zeros = range(stepRows)
     .map((r) => `var ${s}${r} = vec4<f32>(0.0);`)
     .join(' ');
-  // A loop over long heads keeps the code small enough to compile quickly (32 columns: half the time, and blocks of four
-  // without a loop take minutes); short ones gain by having none.
+  // A loop keeps the code small enough to compile quickly (32 columns: half the time, and blocks of four without a loop
+  // take minutes); short heads gain by having none.
   return hd < 32
     ? `${zeros}\n  ${lines(range(hd / 8), (i) => `{${step(`${i}u`)}\n  }`)}`
-    : `${zeros}\n  for (var i = 0u; i < ${hd / 8}u; i++) {${step('i')}\n  }`;
+    : `${zeros}\n  for (var i = 0u; i < ${looped(hd) ? 'P.octets' : `${hd / 8}u`}; i++) {${step('i')}\n  }`;
 }
 
-/** `acc{c} += sum over r of p{r} * broadcast row r [column c]`: one vec4 over the lane's rows for each column. */
+/** Declares the accumulators of `tileAccumulate`: a vec4 over the lane's rows for each column. */
+export function tileSums(acc: string, hd: number): string {
+  return looped(hd)
+    ? `var ${acc}: array<vec4<f32>, ${hd}>;`
+    : lines(range(hd), (c) => `var ${acc}${c} = vec4<f32>(0.0);`);
+}
+
+/** `acc{c} = shrink * acc{c} + sum over r of p{r} * broadcast row r [column c]`. */
 export function tileAccumulate(
   acc: string,
   p: string,
   other: string,
   otherAt: string,
-  column8: (i: number) => string,
-  steps: number,
   hd: number,
+  shrink?: string,
 ): string {
-  const rowsAtOnce = termsAtOnce(hd);
+  const load = (at: string): string =>
+    lines(range(stepRows / 8), (y) => `let y${y} = ${other}_load8(${otherAt}${y} + ${at});`);
+  const value = (r: number, d: number): string =>
+    `vec4<f32>(subgroupBroadcast(y${r >> 3}[${d >> 2}].${xyzw[d & 3]}, ${r & 7}u))`;
+  if (looped(hd)) {
+    return `for (var i = 0u; i < P.octets; i++) {
+    ${load('i')}
+    ${lines(
+      range(8),
+      (d) => `{ var a = ${acc}[8u * i + ${d}u]${shrink === undefined ? '' : ` * ${shrink}`};
+      ${lines(range(stepRows), (r) => `a = fma(${value(r, d)}, ${p}${r}, a);`)}
+      ${acc}[8u * i + ${d}u] = a; }`,
+    )}
+  }`;
+  }
+  const rowsAtOnce = hd === 32 ? 4 : 1;
   return lines(
-    range(steps),
+    range(hd / 8),
     (i) => `{
-    let y0 = ${other}_load8(${otherAt}0 + ${column8(i)}); let y1 = ${other}_load8(${otherAt}1 + ${column8(i)});
+    ${load(`${i}u`)}
+    ${shrink === undefined ? '' : lines(range(8), (d) => `${acc}${8 * i + d} *= ${shrink};`)}
     ${lines(range(stepRows / rowsAtOnce), (block) =>
       lines(range(8), (d) =>
         range(rowsAtOnce)
           .map((k) => {
             const r = rowsAtOnce * block + k;
-            const y = `y${r >> 3}[${d >> 2}].${xyzw[d & 3]}`;
-            return `${acc}${8 * i + d} = fma(vec4<f32>(subgroupBroadcast(${y}, ${r & 7}u)), ${p}${r}, ${acc}${8 * i + d});`;
+            return `${acc}${8 * i + d} = fma(${value(r, d)}, ${p}${r}, ${acc}${8 * i + d});`;
           })
           .join(' '),
       ),
@@ -159,46 +183,24 @@ export function tileStore(
   factor: string,
   out: string,
   at: string,
-  columns: { readonly column8: (i: number) => string; readonly live: (i: number) => string },
-  steps: number,
+  hd: number,
   rowLive: (c: number) => string,
 ): string {
+  const quad = (c: number, i: string, half: number, column: (d: number) => string): string =>
+    `${out}_store4(2u * (${at}${c} + ${i}) + ${half}u, ${factor}.${xyzw[c]} * vec4<f32>(${range(4)
+      .map((d) => `${column(4 * half + d)}.${xyzw[c]}`)
+      .join(', ')}));`;
+  if (looped(hd)) {
+    return `for (var i = 0u; i < P.octets; i++) {
+    ${lines(range(laneRows), (c) => `if (${rowLive(c)}) { ${[0, 1].map((half) => quad(c, 'i', half, (d) => `${acc}[8u * i + ${d}u]`)).join(' ')} }`)}
+  }`;
+  }
   return lines(
     range(laneRows),
     (c) => `if (${rowLive(c)}) {
-    ${lines(range(steps), (i) => {
-      const quad = (half: number): string =>
-        `${out}_store4(2u * (${at}${c} + ${columns.column8(i)}) + ${half}u, ${factor}.${xyzw[c]} * vec4<f32>(${range(4)
-          .map((d) => `${acc}${8 * i + 4 * half + d}.${xyzw[c]}`)
-          .join(', ')}));`;
-      return `if (${columns.live(i)}) { ${quad(0)} ${quad(1)} }`;
-    })}
+    ${lines(range(hd / 8), (i) => lines([0, 1], (half) => quad(c, `${i}u`, half, (d) => `${acc}${8 * i + d}`)))}
   }`,
   );
-}
-
-/** How the columns of a head are divided among workgroups, which bounds the accumulators of one. */
-export interface Chunks {
-  readonly count: number;
-  /** Steps of 8 columns in a chunk. */
-  readonly steps: number;
-  /** Index, in steps, of step i of the chunk in `chunk`; beyond the last column it stays on the last one. */
-  readonly column8: (i: number) => string;
-  readonly live: (i: number) => string;
-}
-
-/** Divides a head of `hd` columns into chunks of at most `most`. */
-export function chunksOf(hd: number, most: number): Chunks {
-  const count = Math.ceil(hd / most);
-  const steps = Math.ceil(hd / 8 / count);
-  const ragged = steps * count > hd / 8;
-  return {
-    count,
-    steps,
-    column8: (i) =>
-      count === 1 ? `${i}u` : ragged ? `min(chunk * ${steps}u + ${i}u, ${hd / 8 - 1}u)` : `(chunk * ${steps}u + ${i}u)`,
-    live: (i) => (ragged ? `chunk * ${steps}u + ${i}u < ${hd / 8}u` : 'true'),
-  };
 }
 
 /** Portable tier: threads that share a row, each with every `parts`-th quad of columns, so that registers suffice. */
