@@ -1,6 +1,10 @@
 import { linear64, map64, checkOp, testDevice } from '@lorikeet/testing';
 import fc from 'fast-check';
-import { it } from 'vitest';
+import { expect, it } from 'vitest';
+import { planDevice } from '../device.js';
+import { type Recorded, type Recorder, withRecorder } from '../op.js';
+import { scope } from '../scope.js';
+import type { Tensor } from '../tensor.js';
 import { dropoutMaskReference } from './dropout.js';
 import { loraLinear, loraLinearOp, type LoraLinearOptions } from './lora-linear.js';
 
@@ -31,3 +35,25 @@ it('loraLinear: values and gradients, with and without dropout', () =>
       return map64((y, u) => y + scale * u, linear64(x, w), update);
     },
   }));
+
+it('loraLinear: two dispatches forward, four backward with a frozen weight', () => {
+  const plan = planDevice();
+  scope(() => {
+    const [x, w] = [plan.empty([512, 4096], 'f16'), plan.empty([1024, 4096], 'f16')];
+    const [a, b] = [plan.empty([16, 4096], 'f32'), plan.empty([1024, 16], 'f32')];
+    const nodes: { readonly vjp: Recorded['vjp']; readonly saved: readonly (Tensor | undefined)[] }[] = [];
+    const recorder: Recorder = {
+      tracks: (t) => t !== w,
+      record: ({ vjp, saved }) => nodes.push({ vjp, saved: saved.map((t) => t?.retain()) }),
+    };
+    const y = withRecorder(recorder, () => loraLinear(x, w, a, b, { scale: 2 }));
+    expect(plan.stats().dispatches).toBe(2);
+    const [{ vjp, saved }] = nodes;
+    const grads = vjp([y], saved);
+    expect(grads.map((g) => g?.shape)).toEqual([x.shape, undefined, a.shape, b.shape]);
+    expect(plan.stats().dispatches).toBe(6);
+    for (const t of saved) t?.dispose();
+    const update = 16 * (4096 + 1024);
+    expect(plan.stats().flops).toBe(2 * 512 * (2 * 1024 * 4096 + 3 * update));
+  });
+});
