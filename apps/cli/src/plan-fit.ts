@@ -28,7 +28,7 @@ function dialsOf(settings: PlanSettings): Dial[] {
   const { max_length, lora } = settings;
   const r = lora.r ?? 8;
   const halvings = (value: number): number[] =>
-    Array.from({ length: Math.floor(Math.log2(value)) }, (_, i) => Math.floor(value / 2 ** (i + 1)));
+    Array.from({ length: Math.floor(Math.log2(Math.max(1, value))) }, (_, i) => Math.floor(value / 2 ** (i + 1)));
   const divisors = Array.from({ length: batch - 1 }, (_, i) => batch - 1 - i).filter((rows) => batch % rows === 0);
   // Batches are as wide as multiples of 64, so that nothing between two of them saves anything.
   const shorter = halvings(Math.ceil(max_length / 64)).map((n) => 64 * n);
@@ -53,6 +53,12 @@ function dialsOf(settings: PlanSettings): Dial[] {
               settings: { ...changes, per_device_eval_batch_size: evalRows },
             };
       }),
+    },
+    {
+      choices: halvings(settings.per_device_eval_batch_size).map((rows) => ({
+        changes: { per_device_eval_batch_size: rows },
+        settings: { per_device_eval_batch_size: rows },
+      })),
     },
     { choices: shorter.map((length) => ({ changes: { max_length: length }, settings: { max_length: length } })) },
     { choices: halvings(r).map((rank) => ({ changes: { 'lora.r': rank }, settings: { lora: { ...lora, r: rank } } })) },
@@ -84,6 +90,8 @@ export async function settingsThatFit(
 ): Promise<Suggestion[]> {
   const { machine, peak = plannedPeak, signal, onPlan } = options;
   const known = new Map<string, number>();
+  // A run whose buffers are larger than the device binds fits into no budget.
+  const fits = (bytes: number): boolean => bytes <= budget && Number.isFinite(bytes);
   const dials = dialsOf(settings);
 
   /** The peak with choice `at[i]` of dial i. */
@@ -100,24 +108,18 @@ export async function settingsThatFit(
     return bytes;
   };
 
-  if (
-    dials.length === 0 ||
-    (await peakAt(
-      dials,
-      dials.map(({ choices }) => choices.length - 1),
-    )) > budget
-  )
-    return [];
+  const strongest = (chosen: readonly Dial[]): number[] => chosen.map(({ choices }) => choices.length - 1);
+  if (dials.length === 0 || !fits(await peakAt(dials, strongest(dials)))) return [];
   const found: Suggestion[] = [];
   for (let size = 1; size <= dials.length && found.length === 0; size++) {
     for (const chosen of subsets(dials, size)) {
-      const at = chosen.map(({ choices }) => choices.length - 1);
-      if ((await peakAt(chosen, at)) > budget) continue;
+      const at = strongest(chosen);
+      if (!fits(await peakAt(chosen, at))) continue;
       // What changes the result most comes last, and is made milder first.
       for (let i = at.length - 1; i >= 0; i--) {
         for (let milder = 0; milder < at[i]; milder++) {
           const trial = at.with(i, milder);
-          if ((await peakAt(chosen, trial)) > budget) continue;
+          if (!fits(await peakAt(chosen, trial))) continue;
           at[i] = milder;
           break;
         }
@@ -134,7 +136,7 @@ export async function settingsThatFit(
 export async function suggestionsFor(
   { ui, signal }: CommandContext,
   settings: PlanSettings,
-  { budget, machine }: { readonly budget: number; readonly machine?: Machine | undefined },
+  { budget = Infinity, machine }: { readonly budget?: number | undefined; readonly machine?: Machine | undefined },
 ): Promise<Suggestion[]> {
   const progress = ui.progress('looking for settings that fit');
   try {

@@ -42,16 +42,17 @@ export function suggestionText({ changes, peakBytes, longerRows = 0 }: Suggestio
   return `${changesText(changes)} (${formatBytes(peakBytes)}${price})`;
 }
 
-/** What can be done about a run that does not fit, as one sentence. */
-export function fitText(suggestions: readonly Suggestion[], bytes: number): string {
-  return suggestions.length === 0
-    ? `Checkpointing, 4 bits, one row at a time, the shortest max_length and lora.r=1 together do not bring it below ${formatBytes(bytes)}: take a smaller model or more memory.`
-    : `It fits with ${suggestions.map(suggestionText).join(', or with ')}.`;
+/** What can be done about a run that does not fit, as one sentence. `bytes`: what there is, where that is limited. */
+export function fitText(suggestions: readonly Suggestion[], bytes: number = Infinity): string {
+  if (suggestions.length > 0) return `It fits with ${suggestions.map(suggestionText).join(', or with ')}.`;
+  const enough = Number.isFinite(bytes) ? `bring it below ${formatBytes(bytes)}` : 'make its buffers small enough';
+  return `Checkpointing, 4 bits, one row at a time, the shortest max_length and lora.r=1 together do not ${enough}: take a smaller model or more memory.`;
 }
 
 /** Operations with a unit of powers of 1000: `89.1 TFLOP`. */
 export function formatFlops(flops: number): string {
-  return `${formatBytes(flops).replace('kB', 'KB').replace(/B$/, '')}FLOP`;
+  const power = Math.min(6, Math.max(0, Math.floor(Math.log10(Math.max(1, flops)) / 3)));
+  return `${(flops / 1000 ** power).toPrecision(3)} ${['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}FLOP`;
 }
 
 /** A plan as a table of two columns, the memory first. */
@@ -66,7 +67,7 @@ export function planTable(plan: Plan, steps: number | undefined): [name: string,
     ['trainable', `${formatCount(plan.trainable)}, ${plan.percent.toPrecision(3)} % of all`],
     ['largest batch', `${batch.B} x ${batch.T} tokens, ${share} of them trained`],
     ['a step', `${formatFlops(step.flops)} in ${formatCount(step.dispatches)} dispatches`],
-    ['', `${formatBytes(step.boundBytes)} bound, ${formatBytes(step.uploadedBytes)} uploaded`],
+    ['', `at most ${formatBytes(step.boundBytes)} moved, ${formatBytes(step.uploadedBytes)} uploaded`],
     ['steps', steps === undefined ? 'as many as the data says' : formatCount(steps)],
     ...(steps === undefined ? [] : [['the run', formatFlops(steps * step.flops)] satisfies [string, string]]),
   ];

@@ -55,7 +55,7 @@ describe('train, eval, generate, merge and inspect', () => {
     expect(result.out).toContain('<answer> <end>');
     expect(result.out).toContain('⟦up⟧⟪<end>⟫');
     expect(result.out).toMatch(
-      /step 6\/36 {2}loss [\d.]+ {2}acc [\d.]+% {2}gnorm [\d.]+ {2}lr [\d.e-]+ {2}[\d,]+ tok\/s {2}peak [\d.]+ MB {2}eta \d+s/,
+      /step 6\/36 {2}loss [\d.]+ {2}acc [\d.]+% {2}gnorm [\d.]+ {2}lr [\d.e-]+ {2}[\d,]+ tok\/s {2}peak [\d.]+ MB {2}eta (\d+m)?\d+s/,
     );
     for (const command of ['eval', 'generate', 'merge', 'inspect'])
       expect(result.out).toContain(`lorikeet ${command} `);

@@ -72,9 +72,7 @@ export async function runPlan(
   const plan = await tryPlan(settings, machine);
   const problem = plan instanceof Error ? plan.message : undefined;
   const fits = !(plan instanceof Error) && plan.peakBytes <= (budget ?? Infinity);
-  const suggestions = fits
-    ? []
-    : await suggestionsFor(context, settings, { budget: budget ?? Number.MAX_VALUE, machine });
+  const suggestions = fits ? [] : await suggestionsFor(context, settings, { budget, machine });
   if (ui.json) {
     ui.data({
       model: files.name,
@@ -110,7 +108,10 @@ export async function runPlan(
       for (const suggestion of suggestions) ui.line(`  ${suggestionText(suggestion)}`);
     }
   }
-  if (!fits) throw new ReportedError('the run does not fit', { fix: fitText(suggestions, budget ?? 0) });
+  if (fits) return;
+  // The list above says what to do, where there is something.
+  const fix = suggestions.length > 0 ? undefined : fitText(suggestions, budget);
+  throw new ReportedError('the run does not fit', { fix });
 }
 
 /** The device that a run would take, as far as a plan depends on it. */
