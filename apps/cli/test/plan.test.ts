@@ -19,7 +19,7 @@ import {
   storedBytes,
 } from '@lorikeet/tensor';
 import { testDevice, testVariant } from '@lorikeet/testing';
-import { type Batch, Stepper } from '@lorikeet/trainer';
+import { type Batch, evaluateLoss, Stepper } from '@lorikeet/trainer';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { trainOn } from '../src/commands/train.js';
 import { resolveConfig } from '../src/config.js';
@@ -163,6 +163,41 @@ describe('counted against planned', () => {
     expect(step).toEqual(plan.step);
     expect(Object.values(plan.parts).reduce((sum, bytes) => sum + bytes)).toBe(plan.peakBytes);
   });
+});
+
+it('an evaluation with more rows than training has is part of the plan', async () => {
+  const settings: PlanSettings = {
+    ...randomSettings(new Random(7, 8), 20),
+    dtype: 'f32',
+    load_in_4bit: false,
+    per_device_train_batch_size: 1,
+    gradient_accumulation_steps: 1,
+    gradient_checkpointing: true,
+    max_length: 64,
+    per_device_eval_batch_size: 16,
+  };
+  const plan = await planRun(settings, machineOf(device));
+  expect(plan.peakIn).toBe('evaluation');
+  const before = device.stats().liveBytes;
+  const model = await loadedModel(settings);
+  const adapter = injectAdapter(model, loraConfig(settings.lora));
+  const stepper = new Stepper(model, adapter.parameters(), { learningRates: new Float32Array(settings.steps) });
+  const ids = Int32Array.from({ length: 64 }, (_, i) => i % 40);
+  const rows = Array.from({ length: 32 }, (_, row) => ({
+    row,
+    ids,
+    labels: ids.map((id, t) => (t === 0 ? -100 : id)),
+    promptTokens: 1,
+    supervised: 63,
+    truncated: 0,
+  }));
+  device.resetPeak();
+  await evaluateLoss(model, rows, { batchSize: 16 });
+  const counted = device.stats().peakBytes - before;
+  stepper.dispose();
+  adapter.remove();
+  model.dispose();
+  expect(Math.abs(plan.peakBytes - counted)).toBeLessThanOrEqual(0.01 * counted);
 });
 
 /**
