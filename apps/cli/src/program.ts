@@ -344,13 +344,15 @@ lorikeet bench --json > bench.json`,
     program,
     'doctor',
     'Says which GPU there is, what it can do, and what to install when there is none.',
-    'lorikeet doctor\nlorikeet doctor --json',
-  ).action(async (_options: unknown, command: Command) => {
-    await run(command, async (context) => {
-      const { runDoctor } = await import('./commands/doctor.js');
-      await runDoctor(context);
+    'lorikeet doctor\nlorikeet doctor --tune      measure anew which kernels are fastest here\nlorikeet doctor --json',
+  )
+    .option('--tune', 'measure which kernels are fastest on this device, and keep the choice')
+    .action(async (_options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runDoctor } = await import('./commands/doctor.js');
+        await runDoctor(context, command.opts());
+      });
     });
-  });
 
   const data = program.command('data').description('Looks at training data.');
   add(

@@ -22,6 +22,7 @@ import type { CommandContext } from './context.js';
 import { CliError, errorCode, errorMessage, fileError } from './errors.js';
 import { type HubOptions, resolveAdapter, resolveModel, resolveModelConfig } from './hub.js';
 import { formatBytes, printable } from './text.js';
+import { applyTuning } from './tuning.js';
 import type { Progress } from './ui.js';
 
 /** Flags that say where things on the hub come from. */
@@ -82,6 +83,7 @@ export async function openCommandDevice(flags: DeviceFlags = {}): Promise<Device
       fix: 'On Linux set VK_DRIVER_FILES to the file of the software driver (lvp_icd.*.json), or take device: auto.',
     });
   }
+  await applyTuning(device);
   return device;
 }
 

@@ -6,11 +6,24 @@ import { accessSync, constants, existsSync, readdirSync, readFileSync } from 'no
 import { statfs } from 'node:fs/promises';
 import { totalmem } from 'node:os';
 import { delimiter, dirname, resolve } from 'node:path';
-import { cast, type Device, type DType, gemm, keep, openDevice, scope, type Tensor } from '@lorikeet/tensor';
+import {
+  cast,
+  type Device,
+  type DType,
+  gemm,
+  type GemmChoice,
+  gemmChoice,
+  type GemmTuning,
+  keep,
+  openDevice,
+  scope,
+  type Tensor,
+} from '@lorikeet/tensor';
 import type { CommandContext } from '../context.js';
 import { errorMessage, ReportedError } from '../errors.js';
 import { cacheFolder } from '../hub.js';
 import { formatBytes, formatCount, formatNumber, printable } from '../text.js';
+import { applyTuning, readTuning, tune, tuningFile } from '../tuning.js';
 import { versions } from '../version.js';
 
 /** What the adapter is and can do. */
@@ -61,6 +74,8 @@ export interface DoctorReport {
   readonly ready: boolean;
   readonly adapter: AdapterReport | null;
   readonly measured: Measurement | null;
+  /** Kernels of matrix products that are taken on this device, and what they were chosen by where that was measured. */
+  readonly kernels: (GemmChoice & Partial<GemmTuning>) | null;
   /** What is wrong, when something is. */
   readonly problem?: string;
   /** What can be done about it. */
@@ -291,11 +306,18 @@ async function freeBytes(path: string): Promise<number | undefined> {
   );
 }
 
+/** Flags of the command. */
+export interface DoctorFlags {
+  /** Measures the kernels anew. */
+  readonly tune?: boolean | undefined;
+}
+
 /** Runs the command. */
-export async function runDoctor(context: CommandContext): Promise<void> {
+export async function runDoctor(context: CommandContext, flags: DoctorFlags = {}): Promise<void> {
   const { ui, io, signal } = context;
   let adapter: AdapterReport | null = null;
   let measured: Measurement | null = null;
+  let kernels: DoctorReport['kernels'] = null;
   let problem: string | undefined;
   let fixes: readonly string[] | undefined;
   let device: Device | undefined;
@@ -312,6 +334,9 @@ export async function runDoctor(context: CommandContext): Promise<void> {
     try {
       adapter = adapterReport(device);
       await checkProduct(device);
+      if (flags.tune === true) await tune(device, io.env);
+      else await applyTuning(device, io.env);
+      kernels = (await readTuning(device, io.env)) ?? gemmChoice(device);
       measured = await measure(device, adapter.device, context);
     } catch (error) {
       signal.throwIfAborted();
@@ -333,6 +358,7 @@ export async function runDoctor(context: CommandContext): Promise<void> {
     ready: problem === undefined,
     adapter,
     measured,
+    kernels,
     ...(problem === undefined ? {} : { problem }),
     ...(fixes === undefined ? {} : { fixes }),
     disk,
@@ -395,6 +421,21 @@ function show(context: CommandContext, report: DoctorReport): void {
         `${formatNumber(measured.copy_gb_per_s)} GB/s read and written, ${formatBytes(measured.copy_bytes)} at a time`,
       ],
     );
+  }
+  const { kernels } = report;
+  if (kernels !== null) {
+    for (const [kind, what] of [
+      ['large', 'large products'],
+      ['small', 'small products'],
+      ['sliced', 'thin products'],
+    ] as const) {
+      const rates = Object.entries(kernels.gflops?.[kind] ?? {});
+      const found = rates.map(([tier, rate]) => `${tier} ${formatNumber(rate)}`).join(', ');
+      rows.push([what, `kernel ${kernels[kind]}${found === '' ? '' : ` (GFLOP/s: ${found})`}`]);
+    }
+    if (kernels.gflops === undefined) {
+      rows.push(['', dim('chosen by rule; lorikeet doctor --tune measures, which is slow on a software device')]);
+    } else rows.push(['', dim(`measured on this device, kept in ${printable(tuningFile(context.io.env))}`)]);
   }
   for (const { path, use, free_bytes } of report.disk)
     rows.push(['free disk', `${formatBytes(free_bytes)} for ${use} ${dim(printable(path))}`]);
