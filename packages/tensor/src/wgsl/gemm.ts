@@ -11,6 +11,8 @@
  * changes no bit: gemm-choice.ts says which. Row padding is zero, so a reduction along the last axis of both operands
  * may run into it.
  *
+ * Plain products of up to 8 rows with a large matrix that is stored [N, K] are gemv.ts's, which has its own order.
+ *
  * A `b` in parts by rows (see `Tensor.parts`): with transB each part gives columns of out; else each is a stretch of K, two
  * in one kernel, and further ones are added in f32, which is another order than that of a whole matrix.
  */
@@ -23,6 +25,7 @@ import { type GemmClass, gemmChoice, type GemmTier } from './gemm-choice.js';
 import { directKernel } from './gemm-direct.js';
 import { type GemmVariant, slices, suffix } from './gemm-parts.js';
 import { sharedKernel } from './gemm-shared.js';
+import { gemv, isFew } from './gemv.js';
 
 /** The second product of `gemm`: operands in the same orientation as the first ones. */
 export interface GemmTail {
@@ -194,6 +197,8 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
       );
     }
   }
+  const plain = transB && !transA && !batched && !accumulate && alpha === 1 && tail === undefined;
+  if (plain && isFew(m, n, k)) return gemv(a, b, out);
   const call = {
     m,
     n,
