@@ -2,19 +2,17 @@
 import {
   type CheckpointOptions,
   encodeFloats,
-  gatherRows,
-  keep,
   LorikeetError,
   quantizedEntries,
-  scope,
   type SinkFolder,
   type Tensor,
   type TensorEntry,
   writeCheckpoint,
 } from '@lorikeet/tensor';
-import { mistralTensors, serializeMistralConfig, type TorchDType, withMistralConfig } from './config.js';
+import { serializeMistralConfig, type TorchDType, withMistralConfig } from './config.js';
 import type { Mistral } from './model.js';
 import { withQuantization } from './quantization.js';
+import { checkedParameters, slicesOf } from './read-back.js';
 
 /** Options of `saveMistral`. */
 export interface SaveOptions {
@@ -33,9 +31,6 @@ const torchNames: Readonly<Record<'F16' | 'F32' | 'BF16', TorchDType>> = {
   BF16: 'bfloat16',
 };
 const largest: Readonly<Record<'F16' | 'F32' | 'BF16', string>> = { F16: '65504', BF16: '3.39e38', F32: '3.40e38' };
-
-/** Values that are read back at a time. */
-const sliceSize = 2 ** 20;
 
 /**
  * Writes config.json and the weights under their checkpoint names: model.safetensors, or shards and their index. Weights
@@ -100,58 +95,5 @@ export async function saveMistral(model: Mistral, folder: SinkFolder, options: S
   } catch (error) {
     await sink.abort();
     throw error;
-  }
-}
-
-/** The parameters under their checkpoint names; refuses a model that is not as its configuration says. */
-function checkedParameters(model: Mistral): Map<string, Tensor> {
-  const expected = mistralTensors(model.config);
-  const found = new Map(model.namedParameters());
-  // What adapts a module holds it as base_layer, in every method.
-  const wrapped = [...model.namedModules()].find(([, module]) => 'base_layer' in module);
-  if (wrapped !== undefined) {
-    const [path] = wrapped;
-    throw new LorikeetError(
-      `${path} is wrapped by an adapter, so the model cannot be saved as a plain checkpoint; save the adapter, or merge it ` +
-        'into the weights and take it out of the model first',
-    );
-  }
-  const lines: string[] = [];
-  for (const [name, shape] of expected) {
-    const parameter = found.get(name);
-    if (parameter === undefined) lines.push(`${name} is not there`);
-    else if (parameter.shape.join() !== shape.join()) {
-      lines.push(`${name} is [${parameter.shape.join(', ')}], the configuration says [${shape.join(', ')}]`);
-    }
-  }
-  for (const name of found.keys()) if (!expected.has(name)) lines.push(`${name} has no place in a checkpoint`);
-  if (lines.length > 0) {
-    throw new LorikeetError(
-      `the model is not what its configuration describes, so it is not saved:\n${lines.map((line) => `  - ${line}`).join('\n')}`,
-    );
-  }
-  return found;
-}
-
-/** The values in order, some rows at a time. */
-async function* slicesOf(tensor: Tensor): AsyncGenerator<Float32Array, void, undefined> {
-  if (tensor.size <= sliceSize || tensor.shape.length !== 2) {
-    yield new Float32Array(await tensor.read());
-    return;
-  }
-  const step = Math.max(1, Math.floor(sliceSize / tensor.columns));
-  for (const part of tensor.parts) {
-    for (let row = 0; row < part.rows; row += step) {
-      const count = Math.min(step, part.rows - row);
-      const slice = scope(() => {
-        const index = Int32Array.from({ length: count }, (_, i) => row + i);
-        return keep(gatherRows(part, tensor.device.fromArray(index, [count], 'i32')));
-      });
-      try {
-        yield new Float32Array(await slice.read());
-      } finally {
-        slice.dispose();
-      }
-    }
   }
 }
