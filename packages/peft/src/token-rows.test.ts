@@ -1,5 +1,15 @@
 import { linear64, relativeError, testDevice, valueAndGrad } from '@lorikeet/testing';
-import { keep, memorySource, mul, openSafetensors, scope, sum } from '@lorikeet/tensor';
+import {
+  gatherRows,
+  joinRows,
+  keep,
+  memorySource,
+  mul,
+  openSafetensors,
+  scope,
+  sum,
+  type Tensor,
+} from '@lorikeet/tensor';
 import { describe, expect, it } from 'vitest';
 import { assign, memoryFolder, TinyModel, values, vocab, width } from '../test/tiny-model.js';
 import { type Adapter, injectAdapter, loadAdapter } from './adapter.js';
@@ -220,4 +230,55 @@ describe('trainable_token_indices', () => {
       'trainable_token_indices: the model has no module lm_head; a head that is tied to embed_tokens takes its rows from there',
     );
   });
+});
+
+/** Puts the table of a layer in two parts, as a device does that cannot bind it whole. */
+function split(layer: { weight: Tensor }): void {
+  const { weight } = layer;
+  layer.weight = scope(() => {
+    const rows = (from: number, to: number): Tensor => {
+      const index = Array.from({ length: to - from }, (_, i) => from + i);
+      return gatherRows(weight, device.fromArray(index, [index.length], 'i32'));
+    };
+    return keep(joinRows([rows(0, 8), rows(8, vocab)]));
+  });
+  weight.dispose();
+}
+
+it.each([
+  ['untied', 'f32'],
+  ['untied', 'f16'],
+  ['tied', 'f32'],
+  ['tied', 'f16'],
+] as const)('token rows over tables in parts: as over whole ones, %s, %s', async (kind, dtype) => {
+  const { liveBytes } = device.stats();
+  const outcome = async (parts: boolean): Promise<readonly unknown[]> => {
+    const model = new TinyModel(device, { tied: kind === 'tied', dtype });
+    if (parts) for (const layer of [model.embed_tokens, model.lm_head]) if (layer !== undefined) split(layer);
+    const adapter = inject(model);
+    const start = await model.readLogits(ids);
+    move(adapter);
+    const apart = await model.readLogits(ids);
+    const { value, grads } = scope(() =>
+      keep(
+        valueAndGrad(
+          () => {
+            const y = model.logits(device.fromArray(ids, [ids.length], 'i32'));
+            return sum(mul(y, device.fromArray(values('cotangent', y.size), y.shape, y.dtype)));
+          },
+          [...adapter.parameters()].map(([, p]) => p),
+        ),
+      ),
+    );
+    const gradients = await Promise.all(grads.map(async (g) => Array.from(await g.read())));
+    for (const x of [value, ...grads]) x.dispose();
+    const norms = [...(await adapter.updateNorms()).values()];
+    adapter.mergeAndUnload();
+    const table = Array.from(await model.embed_tokens.weight.read());
+    const merged = await model.readLogits(ids);
+    model.dispose();
+    return [start, apart, gradients, norms, table, merged];
+  };
+  expect(await outcome(true)).toEqual(await outcome(false));
+  expect(device.stats().liveBytes).toBe(liveBytes);
 });

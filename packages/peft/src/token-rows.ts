@@ -4,7 +4,7 @@
  * no adapter elsewhere can tell those tokens apart.
  */
 import { Embedding, Linear, Module } from '@lorikeet/nn';
-import { embedding, keep, linear, replaceColumns, replaceRows, scope, type Tensor } from '@lorikeet/tensor';
+import { embedding, joinRows, keep, linear, replaceColumns, replaceRows, scope, type Tensor } from '@lorikeet/tensor';
 import type { AdaptedModule } from './adapter.js';
 import { AdapterError } from './format.js';
 import { MergedWeight } from './merged-weight.js';
@@ -34,15 +34,16 @@ export class TokenRows extends Module {
     return replaceColumns(y, this.#ids, linear(h, this.trainable_tokens_delta, { dtype }));
   }
 
-  /** weight: [V, D] -> a copy with these rows in their places, in its own type. */
+  /** weight: [V, D] -> a copy with these rows in their places, in its own type and parts. */
   into(weight: Tensor): Tensor {
-    const [rows] = weight.shape;
-    const all = weight.device.fromArray(
-      Array.from({ length: rows }, (_, i) => i),
-      [rows],
-      'i32',
-    );
-    return replaceRows(weight, all, this.#ids, this.trainable_tokens_delta);
+    let first = 0;
+    const parts = weight.parts.map((part) => {
+      const all = Int32Array.from({ length: part.rows }, (_, i) => first + i);
+      first += part.rows;
+      const ids = weight.device.fromArray(all, [part.rows], 'i32');
+      return replaceRows(part, ids, this.#ids, this.trainable_tokens_delta);
+    });
+    return joinRows(parts);
   }
 
   /** Frobenius norm of the difference from the rows of `weight`. */

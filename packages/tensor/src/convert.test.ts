@@ -1,13 +1,12 @@
 import { relativeError, testDevice } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import { type ByteSource, memorySink, memorySource } from './byte-source.js';
-import { loadTensor, writeRows } from './convert.js';
+import { loadTensor } from './convert.js';
 import { openDevice, planDevice } from './device.js';
 import { decodeFloats, encodeFloats, type StoredFloat } from './float-bytes.js';
 import { quantize } from './quantized.js';
 import { openSafetensors, type TensorEntry, type TensorFile, writeSafetensors } from './safetensors.js';
 import { keep, scope } from './scope.js';
-import { Tensor } from './tensor.js';
 
 const device = await testDevice();
 
@@ -160,20 +159,6 @@ it('loadTensor: to nf4 as quantize() makes it of the values in f32, whatever the
   const broken = await fileOf([entry('F32', [1, 8], Float32Array.of(1, 2, 3, 4, NaN, 6, 7, 8))]);
   await expect(loadTensor(device, broken, 'w', { dtype: 'nf4' })).rejects.toThrow('1 values of w are not finite');
   expect(device.stats().liveBytes).toBe(liveBytes);
-});
-
-it.each(['f32', 'f16'] as const)('writeRows: rows across the parts of a matrix, %s', async (dtype) => {
-  const matrix = scope(() => {
-    const parts = [4, 1, 3].map((rows) => device.zeros([rows, 5], dtype));
-    keep(parts);
-    return keep(new Tensor(device, { parts }, [8, 5], dtype));
-  });
-  const values = Float32Array.from({ length: 25 }, (_, i) => i + 1);
-  writeRows(matrix, 2, values);
-  expect([...(await matrix.read())]).toEqual([...new Float32Array(10), ...values, ...new Float32Array(5)]);
-  expect(() => writeRows(matrix, 4, values)).toThrow('writeRows: 25 values from row 4 on are not whole rows of [8, 5]');
-  expect(() => writeRows(matrix, 0, values.subarray(1))).toThrow('are not whole rows');
-  matrix.dispose();
 });
 
 it('loadTensor: an error of reading and an interruption free the tensor', async () => {

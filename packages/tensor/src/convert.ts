@@ -1,7 +1,7 @@
 /** Checkpoint bytes to tensors: raw slices go up, and integer-only kernels convert them on the device. */
-import { bytesPerElement, columnsOf, encode, pitchOf, rowsOf } from './dtype.js';
+import { columnsOf, pitchOf, rowsOf } from './dtype.js';
 import type { Device } from './device.js';
-import { DTypeError, ShapeError } from './errors.js';
+import { DTypeError } from './errors.js';
 import { defineKernel, type Kernel } from './kernel.js';
 import { Quantizer } from './quantized.js';
 import type { TensorFile, TensorInfo } from './safetensors.js';
@@ -344,29 +344,5 @@ async function convert(
     return { overflows, nonFinite };
   } finally {
     counts.dispose();
-  }
-}
-
-/**
- * Overwrites rows of a float matrix [O, D], in parts or whole.
- * @param values of whole rows, the first of which is row `row`
- */
-export function writeRows(matrix: Tensor, row: number, values: Float32Array): void {
-  const { dtype, columns, device } = matrix;
-  const end = row + values.length / columns;
-  if (!Number.isInteger(end) || row < 0 || end > matrix.rows) {
-    throw new ShapeError(
-      `writeRows: ${values.length} values from row ${row} on are not whole rows of [${matrix.shape.join(', ')}]`,
-    );
-  }
-  const rowBytes = matrix.pitch * bytesPerElement(dtype);
-  let first = 0;
-  for (const part of matrix.parts) {
-    const [from, to] = [Math.max(row, first), Math.min(end, first + part.rows)];
-    if (to > from) {
-      const rows = values.subarray((from - row) * columns, (to - row) * columns);
-      device.write(part, encode(rows, [to - from, columns], dtype), (from - first) * rowBytes);
-    }
-    first += part.rows;
   }
 }
