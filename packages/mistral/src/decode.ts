@@ -3,7 +3,7 @@
  * projections of attention at once, gate, up and their product at once, sums with the residual where they arise. Seven or
  * eight dispatches a layer, and reading the weights is nearly all that they do.
  */
-import { Embedding, type Layer, Linear, RMSNorm } from '@lorikeet/nn';
+import { Embedding, Join, type Layer, Linear, RMSNorm } from '@lorikeet/nn';
 import {
   add,
   decodeAppend,
@@ -20,7 +20,7 @@ import {
   type Tensor,
 } from '@lorikeet/tensor';
 import type { KvCache, LayerCache } from './cache.js';
-import type { Attention, Block, Mistral, Mlp } from './model.js';
+import type { Attention, Block, Mistral } from './model.js';
 
 /** Rows of a batch whose products read the weights once. */
 const mostRows = 8;
@@ -66,10 +66,10 @@ function project(attention: Attention, norm: RMSNorm, x: Tensor, { device, dtype
   return layers.map((layer) => layer.forward(h));
 }
 
-/** x + layer(h) */
-function addProjection(layer: Layer, h: Tensor, x: Tensor, { device, dtype }: Step): Tensor {
-  const w = plainWeight(layer);
-  if (w === undefined) return add(x, layer.forward(h));
+/** x + join(layer(h), x) */
+function addProjection(layer: Layer, join: Join, h: Tensor, x: Tensor, { device, dtype }: Step): Tensor {
+  const w = join.constructor === Join ? plainWeight(layer) : undefined;
+  if (w === undefined) return add(x, join.forward(layer.forward(h), x));
   const out = device.empty(x.shape, dtype);
   gemv(h, w, out, { residual: x });
   return out;
@@ -91,10 +91,10 @@ function attend(block: Block, x: Tensor, model: Mistral, cache: LayerCache, step
   const room = { keys: cache.k, values: cache.v };
   decodeAppend({ q, k, v }, room, step.spans, options);
   const y = decodeAttention(q, room, step.spans, options);
-  return addProjection(attention.o_proj, reshape(y, [B, 1, H * head_dim]), x, step);
+  return addProjection(attention.o_proj, block.attention_adapters, reshape(y, [B, 1, H * head_dim]), x, step);
 }
 
-function feed(mlp: Mlp, norm: RMSNorm, x: Tensor, step: Step): Tensor {
+function feed({ mlp, post_attention_layernorm: norm, output_adapters }: Block, x: Tensor, step: Step): Tensor {
   const gate = plainWeight(mlp.gate_proj);
   const up = plainWeight(mlp.up_proj);
   let h: Tensor;
@@ -105,7 +105,7 @@ function feed(mlp: Mlp, norm: RMSNorm, x: Tensor, step: Step): Tensor {
     const normed = norm.forward(x);
     h = swiglu(mlp.gate_proj.forward(normed), mlp.up_proj.forward(normed));
   }
-  return addProjection(mlp.down_proj, h, x, step);
+  return addProjection(mlp.down_proj, output_adapters, h, x, step);
 }
 
 /** Logits f32 [B, V] of the states x [B, 1, D] before the last norm. */
@@ -142,7 +142,7 @@ export function decodeLogits(model: Mistral, ids: Tensor, spans: Tensor, cache: 
       const before = x;
       x = scope(() => {
         const middle = attend(block, before, model, cache.layers[i], step);
-        return feed(block.mlp, block.post_attention_layernorm, middle, step);
+        return feed(block, middle, step);
       });
       before.dispose();
     }

@@ -8,6 +8,7 @@ import {
   type CausalLM,
   Embedding,
   type Init,
+  Join,
   type Layer,
   Linear,
   type ModelInput,
@@ -97,6 +98,9 @@ export class Block extends Module {
   mlp: Mlp;
   input_layernorm: RMSNorm;
   post_attention_layernorm: RMSNorm;
+  // The names that AdapterHub's files have for what stands here.
+  attention_adapters: Join = new Join();
+  output_adapters: Join = new Join();
 
   constructor(self_attn: Attention, mlp: Mlp, input_layernorm: RMSNorm, post_attention_layernorm: RMSNorm) {
     super();
@@ -111,9 +115,10 @@ export class Block extends Module {
     return scope(() => {
       const first = (x: Tensor, at: Tensor): [x: Tensor, delta: Tensor] => {
         const [same, norm] = this.input_layernorm.fork(x);
-        return [same, this.self_attn.forward(norm, { spans: at, cache })];
+        return [same, this.attention_adapters.forward(this.self_attn.forward(norm, { spans: at, cache }), same)];
       };
-      const second = ([h, norm]: readonly [Tensor, Tensor]): Tensor => add(h, this.mlp.forward(norm));
+      const second = ([h, norm]: readonly [Tensor, Tensor]): Tensor =>
+        add(h, this.output_adapters.forward(this.mlp.forward(norm), h));
       if (checkpointing) {
         // Two halves: with the inputs of both kept, neither o_proj's nor down_proj's product runs again, 34 % of the
         // block's. spans goes in as an input: backward runs the half again when the forward pass's tensors are gone.

@@ -66,3 +66,14 @@ export class RMSNorm extends Layer {
     return addRmsNorm(x, delta, this.weight, { eps: this.eps });
   }
 }
+
+/**
+ * Where the output of a sub-block meets the residual stream: what stands here may change the one in sight of the other. This
+ * one changes nothing; bottleneck adapters take its place.
+ */
+export class Join extends Module {
+  /** h, residual: [..., D] -> what is added to the residual, [..., D] */
+  forward(h: Tensor, _residual: Tensor): Tensor {
+    return h;
+  }
+}

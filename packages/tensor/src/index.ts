@@ -39,7 +39,7 @@ export { capacityOf, type MemoryParts } from './pool.js';
 export { keep, own, Owned, scope, scopeDepth } from './scope.js';
 export { applyContract, type AxisPattern, type Contract, parseContract } from './shape.js';
 export { type MemoryPart, type Place, type Storage, Tensor } from './tensor.js';
-export { gemm, type GemmOptions, type GemmTail } from './wgsl/gemm.js';
+export { gemm, type GemmDropout, type GemmOptions, type GemmTail } from './wgsl/gemm.js';
 export {
   type GemmChoice,
   gemmChoice,
@@ -51,6 +51,7 @@ export {
 export { type GemmTuning, tuneGemm } from './wgsl/gemm-tune.js';
 export { elementwiseKernel, runElementwise } from './ops/elementwise.js';
 export { add, addOp } from './ops/add.js';
+export { addColumns, addColumnsOp } from './ops/add-columns.js';
 export { addInto } from './ops/add-into.js';
 export { cast, castOp, castTo } from './ops/cast.js';
 export { linear, linearOp, type LinearOptions } from './ops/linear.js';
@@ -103,6 +104,7 @@ export {
   type RmsNormOptions,
 } from './ops/rms-norm.js';
 export { scale, scaleOp } from './ops/scale.js';
+export { scaleColumns, scaleColumnsOp } from './ops/scale-columns.js';
 export { silu, siluOp } from './ops/silu.js';
 export { softmax, softmaxOp } from './ops/softmax.js';
 export { sum, sumOp } from './ops/sum.js';
