@@ -57,10 +57,7 @@ describe('an adapter', () => {
         { target_modules: ['embed_tokens', 'q_proj'] },
         'LORA cannot wrap 1 of the modules that target_modules matches: embed_tokens',
       ],
-      [
-        { modules_to_save: ['lm_head'] },
-        'modules_to_save ["lm_head"]: training whole modules beside an adapter is not supported',
-      ],
+      [{ modules_to_save: ['score'] }, 'modules_to_save: the model has no module score'],
     ] as const) {
       expect(() => injectAdapter(model, loraConfig({ target_modules: ['q_proj'], ...options }))).toThrow(message);
       expect(model.outline()).toEqual(before);

@@ -8,6 +8,7 @@ import {
   type ByteSink,
   type Device,
   encodeFloats,
+  type JsonObject,
   keep,
   openSafetensors,
   parseJsonObject,
@@ -26,7 +27,8 @@ import {
   loraConfig,
   type LoraOptions,
 } from './format.js';
-import { matchModules, type ModuleInfo, someOf, tokenTargets } from './targets.js';
+import { checkSaved, wrapSaved } from './saved-module.js';
+import { matchModules, type ModuleInfo, savedModules, someOf, tokenTargets } from './targets.js';
 import { checkTokenIds, wrapTokenRows } from './token-rows.js';
 
 /** A module in place of the one that it adapts. `PeftLayer` is the base of those that go from a tensor to a tensor. */
@@ -35,6 +37,8 @@ export interface AdaptedModule extends Module {
   readonly base_layer: Module;
   /** Trainable f32 tensors, each with what follows the module's path in its name in the file, such as `lora_A.weight`. */
   adapterParameters(): Iterable<readonly [name: string, parameter: Tensor]>;
+  /** The shape that a parameter has in the file, of as many elements, where that is another than its own. */
+  fileShape?(name: string): readonly number[];
   /** Adds the update to the base weight, computed in f32. The original weight is kept, so that `unmerge` is exact. */
   merge(): void;
   /** Puts the original weight back. */
@@ -51,6 +55,7 @@ export abstract class PeftLayer extends Layer implements AdaptedModule {
   abstract adapterParameters(): Iterable<readonly [name: string, parameter: Tensor]>;
   abstract merge(): void;
   abstract unmerge(): void;
+  fileShape?(name: string): readonly number[];
 
   detach(): Module {
     for (const [, parameter] of this.adapterParameters()) parameter.dispose();
@@ -81,6 +86,16 @@ export interface PeftMethod {
   readonly parseConfig: (text: string, where: string) => AdapterConfig;
   /** The text of adapter_config.json. */
   readonly serializeConfig: (config: AdapterConfig) => string;
+  /** Targets by model type where the configuration names none; those of LoRA when left out. */
+  readonly defaultTargets?: Readonly<Record<string, readonly string[]>>;
+  /** The paths to wrap, for methods whose configuration has no `target_modules`. */
+  readonly targets?: (config: AdapterConfig, modules: readonly ModuleInfo[]) => readonly string[];
+  /** A parameter's name in the file; `base_model.model.` and the path before it when left out. */
+  readonly keyOf?: (config: AdapterConfig, path: string, name: string) => string;
+  /** Name of the file of parameters; `adapter_model.safetensors` when left out. */
+  readonly weightsFile?: string;
+  /** True for the content of an adapter_config.json that says by other means than `peft_type` that it is of this method. */
+  readonly claims?: (object: JsonObject) => boolean;
 }
 
 const methods = new Map<string, PeftMethod>();
@@ -117,6 +132,7 @@ export class Adapter {
   readonly #model: Module;
   readonly #layers: ReadonlyMap<string, AdaptedModule>;
   readonly #device: Device;
+  readonly #method: PeftMethod;
   #state: 'beside' | 'merged' | 'gone' = 'beside';
 
   /** @internal Use `injectAdapter`. */
@@ -125,6 +141,7 @@ export class Adapter {
     this.config = config;
     this.#layers = layers;
     this.#device = device;
+    this.#method = methodOf(config.peft_type, '');
   }
 
   /** The adapted modules by the path of what they replace. */
@@ -134,9 +151,15 @@ export class Adapter {
 
   /** Trainable tensors by their name in the adapter file. */
   *parameters(): Generator<[name: string, parameter: Tensor]> {
+    for (const { key, parameter } of this.#stored()) yield [key, parameter];
+  }
+
+  /** Parameters with their names and shapes in the file. */
+  *#stored(): Generator<{ key: string; parameter: Tensor; shape: readonly number[] }> {
     for (const [path, layer] of this.#layers) {
       for (const [name, parameter] of layer.adapterParameters()) {
-        yield [`${adapterKeyPrefix}${path}.${name}`, parameter];
+        const key = this.#method.keyOf?.(this.config, path, name) ?? `${adapterKeyPrefix}${path}.${name}`;
+        yield { key, parameter, shape: layer.fileShape?.(name) ?? parameter.shape };
       }
     }
   }
@@ -219,12 +242,12 @@ export class Adapter {
   async entries(): Promise<TensorEntry[]> {
     this.#expect('entries', 'beside', 'merged');
     const entries: TensorEntry[] = [];
-    for (const [name, parameter] of this.parameters()) {
+    for (const { key, parameter, shape } of this.#stored()) {
       const values = await parameter.read();
       entries.push({
-        name,
+        name: key,
         dtype: 'F32',
-        shape: parameter.shape,
+        shape,
         data: encodeFloats(Float32Array.from(values), 'F32').bytes,
       });
     }
@@ -239,7 +262,7 @@ export class Adapter {
   async save(folder: SinkFolder, options: { readonly baseModelName?: string } = {}): Promise<void> {
     const entries = await this.entries();
     const { config } = this;
-    const text = methodOf(config.peft_type, '').serializeConfig({
+    const text = this.#method.serializeConfig({
       ...config,
       base_model_name_or_path: options.baseModelName ?? config.base_model_name_or_path,
       task_type: config.task_type ?? 'CAUSAL_LM',
@@ -251,7 +274,7 @@ export class Adapter {
       return sink;
     };
     try {
-      await writeSafetensors(await create('adapter_model.safetensors'), entries);
+      await writeSafetensors(await create(weightsFileOf(this.#method)), entries);
       await (await create('adapter_config.json')).write(new TextEncoder().encode(text));
       // The configuration comes last: a folder is an adapter by having one.
       for (const sink of sinks) await sink.close();
@@ -267,18 +290,19 @@ export class Adapter {
    */
   async load(folder: ByteFolder): Promise<void> {
     this.#expect('load', 'beside');
-    const source = await folder.open('adapter_model.safetensors');
-    if (source === undefined) throw new AdapterError(`${folder.name}: there is no adapter_model.safetensors`);
+    const name = weightsFileOf(this.#method);
+    const source = await folder.open(name);
+    if (source === undefined) throw new AdapterError(`${folder.name}: there is no ${name}`);
     const file = await openSafetensors(source);
     try {
-      const parameters = new Map(this.parameters());
+      const stored = [...this.#stored()];
       checkAdapterKeys(
-        new Map([...parameters].map(([name, { shape }]) => [name, shape])),
+        new Map(stored.map(({ key, shape }) => [key, shape])),
         new Map([...file.tensors].map(([name, { shape }]) => [name, shape])),
         file.name,
       );
-      for (const [name, parameter] of parameters) {
-        const values = await file.readFloats(name);
+      for (const { key, parameter } of stored) {
+        const values = await file.readFloats(key);
         scope(() => this.#device.copy(this.#device.fromArray(values, parameter.shape), parameter));
       }
     } finally {
@@ -296,6 +320,8 @@ export class Adapter {
     throw new AdapterError(`${call}: the adapter ${now}`);
   }
 }
+
+const weightsFileOf = (method: PeftMethod): string => method.weightsFile ?? 'adapter_model.safetensors';
 
 function kindOf(module: Module): ModuleInfo['kind'] {
   return module instanceof Linear ? 'linear' : module instanceof Embedding ? 'embedding' : 'other';
@@ -320,7 +346,13 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
   }
   const infos = [...modules].map(([path, module]) => ({ path, kind: kindOf(module) }));
   const at = (path: string): Module => modules.get(path) ?? model.at(path);
-  const targets = matchModules(config, infos, { modelType, outputHead: 'lm_head' }).map(({ path }) => path);
+  const { defaultTargets } = method;
+  const matching = {
+    modelType,
+    outputHead: 'lm_head',
+    ...(defaultTargets === undefined ? {} : { defaults: defaultTargets }),
+  };
+  const targets = method.targets?.(config, infos) ?? matchModules(config, infos, matching).map(({ path }) => path);
   const refused = targets.filter((path) => !method.accepts(at(path)));
   if (refused.length > 0) {
     throw new AdapterError(
@@ -329,12 +361,8 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
     );
   }
   const tokens = tokenTargets(config, infos, new Set(targets));
-  if ((config.modules_to_save ?? []).length > 0) {
-    throw new AdapterError(
-      `modules_to_save ${JSON.stringify(config.modules_to_save)}: training whole modules beside an adapter is not supported; ` +
-        'set it to null, and for new tokens name their ids in trainable_token_indices',
-    );
-  }
+  const saved = savedModules(config, infos);
+  checkSaved(saved.map((path) => [path, at(path)]));
   for (const { path, ids } of tokens) checkTokenIds(at(path), path, ids);
 
   const [first] = model.namedParameters();
@@ -343,6 +371,7 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
   try {
     for (const path of targets) layers.set(path, method.wrap(at(path), { device, config, path, seed }));
     for (const { path, ids } of tokens) layers.set(path, wrapTokenRows(at(path), ids));
+    for (const path of saved) layers.set(path, wrapSaved(at(path)));
   } catch (error) {
     for (const layer of layers.values()) layer.detach();
     throw error;
@@ -366,9 +395,13 @@ export async function loadAdapter(model: Module, folder: ByteFolder, options: In
     await source.close?.();
   }
   const where = `${folder.name}/adapter_config.json`;
-  const type = parseJsonObject(text, where)['peft_type'];
+  const object = parseJsonObject(text, where);
+  const type = object['peft_type'];
   // Without a type, LoRA's reader says what is wrong.
-  const method = methodOf(typeof type === 'string' ? type : 'LORA', `${where}: `);
+  const method =
+    type === undefined
+      ? ([...methods.values()].find((m) => m.claims?.(object)) ?? methodOf('LORA', `${where}: `))
+      : methodOf(typeof type === 'string' ? type : JSON.stringify(type), `${where}: `);
   const adapter = injectAdapter(model, method.parseConfig(text, where), options);
   try {
     await adapter.load(folder);

@@ -105,7 +105,6 @@ describe('adapter_config.json', () => {
         r: 0,
         lora_dropout: 1,
         rank_pattern: { q: 1.5 },
-        use_dora: true,
         layer_replication: [[0, 4]],
         fan_in_fan_out: true,
         megatron_config: {},
@@ -117,12 +116,11 @@ describe('adapter_config.json', () => {
       }),
     ).toThrow(
       [
-        'adapter_config.json: 12 problems:',
+        'adapter_config.json: 11 problems:',
+        '  - trainable_token_indices of "e" must be a list of integers >= 0, is [-1]',
         '  - lora_dropout must be a number from 0 to below 1, is 1',
         '  - r must be an integer >= 1, is 0',
         '  - rank_pattern must be an object of integers >= 1, is an object',
-        '  - trainable_token_indices of "e" must be a list of integers >= 0, is [-1]',
-        '  - use_dora is true; DoRA is not supported',
         '  - fan_in_fan_out is true; it is for layers that store [in, out], which Mistral does not have',
         '  - lora_bias is true; a bias on B is not supported',
         '  - layer_replication is set; models with repeated layers are not supported',

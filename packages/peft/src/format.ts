@@ -43,20 +43,27 @@ export interface AdapterConfig {
   readonly trainable_token_indices: readonly number[] | Readonly<Record<string, readonly number[]>> | null;
 }
 
+/** What every `adapter_config.json` of PEFT has, whatever the method. */
+export interface PeftFileConfig extends AdapterConfig {
+  readonly auto_mapping: JsonObject | null;
+  readonly inference_mode: boolean;
+  readonly revision: string | null;
+  /** Not a key of the file: the keys in it that are not known here, kept for saving. */
+  readonly extra: JsonObject;
+}
+
 /**
  * A LoRA configuration; keys and defaults are those of PEFT 0.15. Make one with {@link loraConfig} or
  * {@link parseAdapterConfig}.
  */
-export interface LoraConfig extends AdapterConfig {
+export interface LoraConfig extends PeftFileConfig {
   /** lora_alpha of single modules: patterns over module names; the first that matches wins. */
   readonly alpha_pattern: Readonly<Record<string, number>>;
-  readonly auto_mapping: JsonObject | null;
   /** Which biases are trained and saved; Mistral layers have none. */
   readonly bias: 'none' | 'all' | 'lora_only';
   readonly corda_config: JsonObject | null;
   readonly eva_config: JsonObject | null;
   readonly fan_in_fan_out: boolean;
-  readonly inference_mode: boolean;
   readonly init_lora_weights: boolean | string;
   readonly layer_replication: JsonValue;
   readonly loftq_config: JsonObject;
@@ -71,12 +78,9 @@ export interface LoraConfig extends AdapterConfig {
   readonly r: number;
   /** Rank of single modules: patterns over module names; the first that matches wins. */
   readonly rank_pattern: Readonly<Record<string, number>>;
-  readonly revision: string | null;
   readonly use_dora: boolean;
   /** Scaling alpha / sqrt(r) rather than alpha / r. */
   readonly use_rslora: boolean;
-  /** Not a key of the file: the keys in it that are none of the above, kept for saving. */
-  readonly extra: JsonObject;
 }
 
 /** True for a configuration of LoRA. */
@@ -113,9 +117,7 @@ const plainInits: readonly string[] = ['gaussian', 'eva', 'orthogonal'];
  * @throws FormatError that lists everything that is wrong or not supported
  */
 export function loraConfig(options: LoraOptions = {}): LoraConfig {
-  const object: Record<string, JsonValue> = { peft_type: 'LORA', task_type: 'CAUSAL_LM' };
-  for (const [key, value] of Object.entries(options)) if (value !== undefined) object[key] = value;
-  return readLoraConfig(object, 'loraConfig');
+  return readLoraConfig(configObject('LORA', options), 'loraConfig');
 }
 
 /**
@@ -130,56 +132,93 @@ export function parseAdapterConfig(text: string, where = 'adapter_config.json'):
   return readLoraConfig(parseJsonObject(text, where), where);
 }
 
-function readLoraConfig(object: JsonObject, where: string): LoraConfig {
-  const fields = new JsonFields(object, where);
-  const type = fields.raw('peft_type');
-  if (type !== 'LORA') {
-    const what =
-      type === undefined ? 'peft_type is missing; is this a PEFT adapter?' : `peft_type is ${describeJson(type)}`;
-    throw new FormatError(`${where}: ${what}${type === undefined ? '' : ', only "LORA" is read here'}`);
-  }
-  const known: Omit<LoraConfig, 'extra'> = {
-    alpha_pattern: fields.numberMap('alpha_pattern', 'an object of numbers > 0', (v) => v > 0),
+/** The keys that all methods share. */
+export type SharedKeys = Omit<PeftFileConfig, 'peft_type' | 'extra'>;
+
+function sharedKeys(fields: JsonFields): SharedKeys {
+  return {
     auto_mapping: objectOrNull(fields, 'auto_mapping'),
     base_model_name_or_path: stringOrNull(fields, 'base_model_name_or_path', null),
-    bias: fields.choice('bias', 'none', ['none', 'all', 'lora_only']),
-    corda_config: objectOrNull(fields, 'corda_config'),
-    eva_config: objectOrNull(fields, 'eva_config'),
-    exclude_modules: nameList(fields, 'exclude_modules'),
-    fan_in_fan_out: fields.boolean('fan_in_fan_out', false),
+    exclude_modules: readNames(fields, 'exclude_modules'),
     inference_mode: fields.boolean('inference_mode', false),
-    init_lora_weights: readInit(fields),
-    layer_replication: fields.raw('layer_replication') ?? null,
-    layers_pattern: nameList(fields, 'layers_pattern'),
+    layers_pattern: readNames(fields, 'layers_pattern'),
     layers_to_transform: readLayers(fields),
-    loftq_config: objectOrNull(fields, 'loftq_config') ?? {},
-    lora_alpha: fields.number('lora_alpha', 8, 'a number > 0', (v) => v > 0),
-    lora_bias: fields.boolean('lora_bias', false),
-    lora_dropout: fields.number('lora_dropout', 0, 'a number from 0 to below 1', (v) => v >= 0 && v < 1),
-    megatron_config: objectOrNull(fields, 'megatron_config'),
-    megatron_core: stringOrNull(fields, 'megatron_core', 'megatron.core'),
-    modules_to_save: fields.isNull('modules_to_save')
-      ? null
-      : orNull(fields, 'modules_to_save', () => fields.strings('modules_to_save', [])),
-    peft_type: 'LORA',
-    r: fields.integer('r', 8, 1),
-    rank_pattern: fields.numberMap(
-      'rank_pattern',
-      'an object of integers >= 1',
-      (v) => Number.isSafeInteger(v) && v >= 1,
-    ),
+    modules_to_save: orNull(fields, 'modules_to_save', () => fields.strings('modules_to_save', [])),
     revision: stringOrNull(fields, 'revision', null),
-    target_modules: nameList(fields, 'target_modules'),
+    target_modules: readNames(fields, 'target_modules'),
     task_type: stringOrNull(fields, 'task_type', null),
     trainable_token_indices: readTokenIndices(fields),
-    use_dora: fields.boolean('use_dora', false),
-    use_rslora: fields.boolean('use_rslora', false),
   };
+}
+
+/**
+ * Reads the configuration of a method: the keys that all share, and `own`, which reads the method's. Keys that neither knows
+ * are kept in `extra` and written again on saving.
+ *
+ * @param where the file's name, for messages
+ * @param type the `peft_type` that it must have
+ * @param own reads the method's keys, and reports with `fields.problem` what is not supported
+ * @throws FormatError that lists everything that is wrong at once
+ */
+export function readPeftConfig<P extends string, T extends object>(
+  object: JsonObject,
+  where: string,
+  type: P,
+  own: (fields: JsonFields, shared: SharedKeys) => T,
+): PeftFileConfig & T & { readonly peft_type: P } {
+  const fields = new JsonFields(object, where);
+  const found = fields.raw('peft_type');
+  if (found !== type) {
+    const what =
+      found === undefined ? 'peft_type is missing; is this a PEFT adapter?' : `peft_type is ${describeJson(found)}`;
+    throw new FormatError(`${where}: ${what}${found === undefined ? '' : `, only ${quoted(type)} is read here`}`);
+  }
+  const shared = sharedKeys(fields);
+  const known = { ...shared, ...own(fields, shared), peft_type: type };
   const extra = Object.fromEntries(Object.entries(object).filter(([key]) => !Object.hasOwn(known, key)));
-  const config: LoraConfig = { ...known, extra };
-  for (const problem of unsupportedFeatures(config)) fields.problem(problem);
   fields.finish();
-  return config;
+  return { ...known, extra };
+}
+
+/**
+ * The object of a new configuration: what a caller set, for {@link readPeftConfig}.
+ * @param options undefined values take the default
+ */
+export function configObject(type: string, options: Readonly<Record<string, JsonValue | undefined>>): JsonObject {
+  const object: Record<string, JsonValue> = { peft_type: type, task_type: 'CAUSAL_LM' };
+  for (const [key, value] of Object.entries(options)) if (value !== undefined) object[key] = value;
+  return object;
+}
+
+function readLoraConfig(object: JsonObject, where: string): LoraConfig {
+  return readPeftConfig(object, where, 'LORA', (fields, shared) => {
+    const own = {
+      alpha_pattern: fields.numberMap('alpha_pattern', 'an object of numbers > 0', (v) => v > 0),
+      bias: fields.choice('bias', 'none', ['none', 'all', 'lora_only']),
+      corda_config: objectOrNull(fields, 'corda_config'),
+      eva_config: objectOrNull(fields, 'eva_config'),
+      fan_in_fan_out: fields.boolean('fan_in_fan_out', false),
+      init_lora_weights: readInit(fields),
+      layer_replication: fields.raw('layer_replication') ?? null,
+      loftq_config: objectOrNull(fields, 'loftq_config') ?? {},
+      lora_alpha: fields.number('lora_alpha', 8, 'a number > 0', (v) => v > 0),
+      lora_bias: fields.boolean('lora_bias', false),
+      lora_dropout: fields.number('lora_dropout', 0, 'a number from 0 to below 1', (v) => v >= 0 && v < 1),
+      megatron_config: objectOrNull(fields, 'megatron_config'),
+      megatron_core: stringOrNull(fields, 'megatron_core', 'megatron.core'),
+      r: fields.integer('r', 8, 1),
+      rank_pattern: fields.numberMap(
+        'rank_pattern',
+        'an object of integers >= 1',
+        (v) => Number.isSafeInteger(v) && v >= 1,
+      ),
+      use_dora: fields.boolean('use_dora', false),
+      use_rslora: fields.boolean('use_rslora', false),
+    };
+    const config = { ...own, ...shared, peft_type: 'LORA' as const, extra: object };
+    for (const problem of unsupportedFeatures(config)) fields.problem(problem);
+    return own;
+  });
 }
 
 /** Features in use that this package does not compute, each as a sentence; empty for a plain LoRA configuration. */
@@ -189,7 +228,6 @@ export function unsupportedFeatures(config: LoraConfig): string[] {
     if (active) problems.push(text);
   };
   const init = config.init_lora_weights;
-  add(config.use_dora, 'use_dora is true; DoRA is not supported');
   add(
     config.fan_in_fan_out,
     'fan_in_fan_out is true; it is for layers that store [in, out], which Mistral does not have',
@@ -248,7 +286,8 @@ function objectOrNull(fields: JsonFields, key: string): JsonObject | null {
   });
 }
 
-function nameList(fields: JsonFields, key: string): string | readonly string[] | null {
+/** A pattern, a list of names, or null. */
+export function readNames(fields: JsonFields, key: string): string | readonly string[] | null {
   return orNull(fields, key, () =>
     typeof fields.raw(key) === 'string' ? fields.string(key, '') : fields.strings(key, []),
   );
@@ -285,12 +324,18 @@ function readTokenIndices(fields: JsonFields): LoraConfig['trainable_token_indic
   });
 }
 
+/** Keys that only some methods have in their files: they are left out where null, unless the method is LoRA. */
+const loraOnlyKeys: readonly string[] = ['layers_pattern', 'layers_to_transform', 'trainable_token_indices'];
+
 /**
  * The text of an `adapter_config.json` as PEFT writes it: sorted keys, `inference_mode` true, no newline at the end.
  */
-export function serializeAdapterConfig(config: LoraConfig): string {
+export function serializeAdapterConfig(config: PeftFileConfig): string {
   const { extra, ...known } = config;
-  return formatJson({ ...extra, ...known, inference_mode: true }, ['lora_dropout']);
+  const own = Object.entries(known).filter(
+    ([key, value]) => isLoraConfig(config) || value !== null || !loraOnlyKeys.includes(key),
+  );
+  return formatJson({ ...extra, ...Object.fromEntries(own), inference_mode: true }, ['lora_dropout']);
 }
 
 /** What stands before a module's path in an adapter file. */

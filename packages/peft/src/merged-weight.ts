@@ -1,5 +1,19 @@
 /** The weight of a layer while an update is merged into it. */
-import { keep, scope, type Tensor } from '@lorikeet/tensor';
+import { cast, dequantize, isQuantized, keep, scope, type Tensor } from '@lorikeet/tensor';
+
+/** A copy of a weight in f32, whatever it is stored in: what kernels compute with. */
+export function wideCopy(weight: Tensor): Tensor {
+  if (isQuantized(weight.dtype)) return dequantize(weight);
+  if (weight.dtype !== 'f32') return cast(weight, 'f32');
+  const copy = weight.device.emptyWeight(weight.shape, 'f32');
+  weight.parts.forEach((part, i) => weight.device.copy(part, copy.parts[i]));
+  return copy;
+}
+
+/** `wide` in the type that the merged weight in place of `weight` has: its own, and f16 where that has 4 bits. */
+export function storedLike(wide: Tensor, weight: Tensor): Tensor {
+  return cast(wide, weight.dtype === 'f32' ? 'f32' : 'f16');
+}
 
 /** Swaps a layer's weight for a merged one and keeps the original, so that taking the update back is exact. */
 export class MergedWeight {

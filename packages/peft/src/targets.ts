@@ -34,13 +34,15 @@ export interface TargetOptions {
   readonly modelType?: string;
   /** Path of the output head, which `all-linear` leaves out. `lm_head` unless told. */
   readonly outputHead?: string;
+  /** Targets where `target_modules` is null, by model type; LoRA's unless told. */
+  readonly defaults?: Readonly<Record<string, readonly string[]>>;
 }
 
 /** Targets where `target_modules` is null. */
-const defaultTargets: ReadonlyMap<string, readonly string[]> = new Map([
-  ['mistral', ['q_proj', 'v_proj']],
-  ['llama', ['q_proj', 'v_proj']],
-]);
+const defaultTargets: Readonly<Record<string, readonly string[]>> = {
+  mistral: ['q_proj', 'v_proj'],
+  llama: ['q_proj', 'v_proj'],
+};
 
 /**
  * The modules that a configuration targets, in the order given, whatever their kind.
@@ -175,6 +177,21 @@ export function isSavedWhole(config: AdapterConfig, path: string): boolean {
   return (config.modules_to_save ?? []).some((entry) => `.${path}.`.includes(`.${entry}.`));
 }
 
+/**
+ * The modules that `modules_to_save` names, each the outermost.
+ * @throws AdapterError for a name that is no module
+ */
+export function savedModules(config: AdapterConfig, modules: readonly ModuleInfo[]): string[] {
+  const names = config.modules_to_save ?? [];
+  const missing = names.filter((name) => !modules.some(({ path }) => endsWithName(path, name)));
+  if (missing.length > 0) {
+    throw new AdapterError(
+      `modules_to_save: the model has no module ${missing.join(', ')}; a head that is tied to embed_tokens is saved with it: name embed_tokens alone`,
+    );
+  }
+  return modules.filter(({ path }) => names.some((name) => endsWithName(path, name))).map(({ path }) => path);
+}
+
 function targetTest(config: AdapterConfig, options: TargetOptions): (module: ModuleInfo) => boolean {
   const excluded = namesTest(config.exclude_modules ?? [], 'exclude_modules');
   const included = inclusionTest(config, options);
@@ -182,7 +199,7 @@ function targetTest(config: AdapterConfig, options: TargetOptions): (module: Mod
 }
 
 function inclusionTest(config: AdapterConfig, options: TargetOptions): (module: ModuleInfo) => boolean {
-  const targets = config.target_modules ?? defaultsFor(options.modelType ?? 'mistral');
+  const targets = config.target_modules ?? defaultsFor(options);
   if (typeof targets === 'string') {
     if (targets.toLowerCase() === 'all-linear') {
       const head = options.outputHead ?? 'lm_head';
@@ -196,8 +213,8 @@ function inclusionTest(config: AdapterConfig, options: TargetOptions): (module: 
   return ({ path }) => targets.includes(path) || (targets.some((entry) => endsWithName(path, entry)) && inLayer(path));
 }
 
-function defaultsFor(modelType: string): readonly string[] {
-  const targets = defaultTargets.get(modelType);
+function defaultsFor({ modelType = 'mistral', defaults = defaultTargets }: TargetOptions): readonly string[] {
+  const targets = Object.entries(defaults).find(([type]) => type === modelType)?.[1];
   if (targets === undefined) {
     throw new AdapterError(
       `target_modules is null, and there is no default for model_type "${modelType}"; name the modules`,
@@ -210,7 +227,8 @@ function endsWithName(path: string, entry: string): boolean {
   return path === entry || path.endsWith(`.${entry}`);
 }
 
-function namesTest(names: string | readonly string[], where: string): (path: string) => boolean {
+/** Test of a path by a pattern over whole names, or by names and name endings. */
+export function namesTest(names: string | readonly string[], where: string): (path: string) => boolean {
   if (typeof names === 'string') return names === '' ? () => false : compileNamePattern(names, where);
   return (path) => names.some((entry) => endsWithName(path, entry));
 }
@@ -254,7 +272,7 @@ function patternValue(
 function noTargets(config: AdapterConfig, modules: readonly ModuleInfo[], options: TargetOptions): AdapterError {
   const usable = modules.filter(({ kind }) => kind !== 'other');
   const endings = new Set(usable.map(({ path }) => path.slice(path.lastIndexOf('.') + 1)));
-  const targets = config.target_modules ?? defaultTargets.get(options.modelType ?? 'mistral') ?? [];
+  const targets = config.target_modules ?? defaultsFor(options);
   const wanted = typeof targets === 'string' ? [targets] : targets;
   const near = [...new Set(wanted.flatMap((entry) => nearestNames(entry, endings, 2)))];
   const narrowed = [

@@ -174,11 +174,11 @@ describe('inspect', () => {
   });
 
   it('still shows an adapter whose method it does not know', async () => {
-    const path = await adapter('dora', factors);
+    const path = await adapter('bias', factors);
     const config: object = JSON.parse(await readFile(join(path, 'adapter_config.json'), 'utf8'));
-    await writeFile(join(path, 'adapter_config.json'), JSON.stringify({ ...config, use_dora: true }));
+    await writeFile(join(path, 'adapter_config.json'), JSON.stringify({ ...config, lora_bias: true }));
     const report = await reportOf(path);
-    expect(report.adapter?.problem).toContain('DoRA');
+    expect(report.adapter?.problem).toContain('lora_bias');
     expect(report.tensors).toHaveLength(2);
   });
 

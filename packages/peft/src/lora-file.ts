@@ -1,0 +1,182 @@
+/** A LoRA adapter as data, without a model or a device: read from PEFT's files and written into them. */
+import {
+  type ByteFolder,
+  type ByteSink,
+  encodeFloats,
+  openSafetensors,
+  type SinkFolder,
+  type TensorEntry,
+  type TensorFile,
+  writeSafetensors,
+} from '@lorikeet/tensor';
+import {
+  adapterKey,
+  AdapterError,
+  type LoraConfig,
+  parseAdapterConfig,
+  parseAdapterKey,
+  serializeAdapterConfig,
+} from './format.js';
+import { ranksOf, someOf } from './targets.js';
+
+/** What an adapter adds to one linear layer: `scaling * B A`, and with DoRA the length of each row of the sum. */
+export interface LoraUpdate {
+  /** Path of the layer, such as `model.layers.0.self_attn.q_proj`. */
+  readonly path: string;
+  readonly r: number;
+  /** Columns of A. */
+  readonly inputs: number;
+  /** Rows of B. */
+  readonly outputs: number;
+  readonly scaling: number;
+  /** [r, inputs]. */
+  readonly A: Float32Array;
+  /** [outputs, r]. */
+  readonly B: Float32Array;
+  /** [outputs]; DoRA alone. */
+  readonly magnitude?: Float32Array | undefined;
+}
+
+/** An adapter of linear layers. */
+export interface LoraFile {
+  readonly config: LoraConfig;
+  /** In the order of the layers. */
+  readonly updates: readonly LoraUpdate[];
+}
+
+/** The text of a file in a folder; undefined where there is none. */
+export async function readText(folder: ByteFolder, name: string): Promise<string | undefined> {
+  const source = await folder.open(name);
+  if (source === undefined) return undefined;
+  try {
+    return new TextDecoder().decode(await source.read(0, source.size));
+  } finally {
+    await source.close?.();
+  }
+}
+
+const byLayer = new Intl.Collator('en', { numeric: true });
+
+/**
+ * Reads adapter_config.json and adapter_model.safetensors.
+ * @throws AdapterError where files are missing, ranks are not those of the configuration, or tensors are there that are no
+ *   update of a linear layer (rows of tokens, whole modules, embeddings); all of them at once
+ */
+export async function readLoraFile(folder: ByteFolder): Promise<LoraFile> {
+  const text = await readText(folder, 'adapter_config.json');
+  const source = await folder.open('adapter_model.safetensors');
+  if (text === undefined || source === undefined) {
+    await source?.close?.();
+    throw new AdapterError(
+      `${folder.name}: there is no ${text === undefined ? 'adapter_config.json' : 'adapter_model.safetensors'}; is this a PEFT adapter?`,
+    );
+  }
+  const file = await openSafetensors(source);
+  try {
+    const config = parseAdapterConfig(text, `${folder.name}/adapter_config.json`);
+    return { config, updates: await readUpdates(config, file) };
+  } finally {
+    await file.close();
+  }
+}
+
+async function readUpdates(config: LoraConfig, file: TensorFile): Promise<LoraUpdate[]> {
+  const found = new Map<string, Map<'A' | 'B' | 'magnitude', string>>();
+  const others: string[] = [];
+  const parts = { loraA: 'A', loraB: 'B', magnitude: 'magnitude' } as const;
+  for (const name of file.tensors.keys()) {
+    // In memory PEFT's magnitudes have a weight, and some files keep that.
+    const key = parseAdapterKey(name.replace(/\.lora_magnitude_vector\.weight$/, '.lora_magnitude_vector'));
+    if (key === undefined || (key.part !== 'loraA' && key.part !== 'loraB' && key.part !== 'magnitude')) {
+      others.push(name);
+      continue;
+    }
+    const names = found.get(key.modulePath) ?? new Map<'A' | 'B' | 'magnitude', string>();
+    found.set(key.modulePath, names.set(parts[key.part], name));
+  }
+  if (others.length > 0) {
+    throw new AdapterError(
+      `${file.name}: ${others.length} of its tensors are no update of a linear layer: ${someOf(others)}; other files have no ` +
+        'place for them. Merge the adapter into its model instead',
+    );
+  }
+  const problems: string[] = [];
+  const updates: LoraUpdate[] = [];
+  const ranks = ranksOf(config);
+  for (const path of [...found.keys()].sort((a, b) => byLayer.compare(a, b))) {
+    const { r, scaling } = ranks(path);
+    const names = found.get(path);
+    const [a, b, m] = (['A', 'B', 'magnitude'] as const).map((part) => names?.get(part));
+    const [shapeA, shapeB] = [a, b].map((name) => (name === undefined ? [] : file.info(name).shape));
+    if (a === undefined || b === undefined || (config.use_dora && m === undefined)) {
+      const missing = a === undefined ? 'lora_A' : b === undefined ? 'lora_B' : 'lora_magnitude_vector';
+      problems.push(`${path} has no ${missing}`);
+      continue;
+    }
+    if (shapeA.length !== 2 || shapeB.length !== 2 || shapeA[0] !== r || shapeB[1] !== r) {
+      problems.push(
+        `${path}: lora_A is [${shapeA.join(', ')}], lora_B is [${shapeB.join(', ')}], but its rank is ${r} by the configuration`,
+      );
+      continue;
+    }
+    updates.push({
+      path,
+      r,
+      scaling,
+      inputs: shapeA[1],
+      outputs: shapeB[0],
+      A: await file.readFloats(a),
+      B: await file.readFloats(b),
+      magnitude: m === undefined ? undefined : await file.readFloats(m),
+    });
+  }
+  if (updates.length === 0 && problems.length === 0) problems.push('there is no tensor in it');
+  if (problems.length > 0) {
+    throw new AdapterError(
+      `${file.name}: does not fit its configuration:\n${problems.map((p) => `  - ${p}`).join('\n')}`,
+    );
+  }
+  return updates;
+}
+
+/** A tensor for a file, F32. */
+export function floatEntry(name: string, shape: readonly number[], values: Float32Array): TensorEntry {
+  return { name, dtype: 'F32', shape, data: encodeFloats(values, 'F32').bytes };
+}
+
+/**
+ * Writes adapter_config.json and adapter_model.safetensors, which PEFT loads. Ranks, scalings and targets are those that
+ * the configuration says. Both files appear only when both are written.
+ */
+export async function writeLoraFile(folder: SinkFolder, { config, updates }: LoraFile): Promise<void> {
+  const entries: TensorEntry[] = [];
+  for (const { path, r, inputs, outputs, A, B, magnitude } of updates) {
+    entries.push(floatEntry(adapterKey(path, 'loraA'), [r, inputs], A));
+    entries.push(floatEntry(adapterKey(path, 'loraB'), [outputs, r], B));
+    if (magnitude !== undefined) entries.push(floatEntry(adapterKey(path, 'magnitude'), [outputs], magnitude));
+  }
+  await writeAdapterFolder(folder, ['adapter_model.safetensors', entries], serializeAdapterConfig(config), 'pt');
+}
+
+/** Writes the two files of an adapter; the configuration appears last, since a folder is an adapter by having one. */
+export async function writeAdapterFolder(
+  folder: SinkFolder,
+  [name, entries]: readonly [name: string, entries: readonly TensorEntry[]],
+  config: string,
+  format: 'pt' | 'mlx',
+): Promise<void> {
+  const sinks: ByteSink[] = [];
+  const create = async (file: string): Promise<ByteSink> => {
+    const sink = await folder.create(file);
+    sinks.push(sink);
+    return sink;
+  };
+  try {
+    await writeSafetensors(await create(name), entries, { format });
+    await (await create('adapter_config.json')).write(new TextEncoder().encode(config));
+    for (const sink of sinks) await sink.close();
+  } catch (error) {
+    for (const sink of sinks) await sink.abort();
+    throw error;
+  }
+}

@@ -1,0 +1,169 @@
+/**
+ * (IA)^3 (Liu et al., 2022): a learned vector l, ones at the start, times the outputs of attention's keys and values,
+ * y = (W x) * l, and times the inputs of the feed-forward's last layer, y = W (x * l).
+ */
+import { type Init, initialValues, Linear, type Module } from '@lorikeet/nn';
+import {
+  add,
+  type JsonObject,
+  keep,
+  mul,
+  parseJsonObject,
+  scale,
+  scaleColumns,
+  scope,
+  sum,
+  type Tensor,
+} from '@lorikeet/tensor';
+import { adapterTensor, definePeft, PeftLayer, type PeftMethod, type WrapContext } from '../adapter.js';
+import {
+  type AdapterConfig,
+  AdapterError,
+  configObject,
+  type PeftFileConfig,
+  readNames,
+  readPeftConfig,
+  serializeAdapterConfig,
+} from '../format.js';
+import { MergedWeight, storedLike, wideCopy } from '../merged-weight.js';
+import { scaleRows } from '../scale-rows.js';
+import { namesTest } from '../targets.js';
+
+/** An (IA)^3 configuration; keys and defaults are those of PEFT 0.15. */
+export interface Ia3Config extends PeftFileConfig {
+  readonly fan_in_fan_out: boolean;
+  /** The targets whose inputs are scaled rather than their outputs: a pattern, or names and name endings. */
+  readonly feedforward_modules: string | readonly string[] | null;
+  /** False starts from random vectors. */
+  readonly init_ia3_weights: boolean;
+  readonly peft_type: 'IA3';
+}
+
+/** What a caller may set; the rest takes PEFT's defaults. */
+export type Ia3Options = Partial<Omit<Ia3Config, 'peft_type' | 'extra'>>;
+
+const isIa3 = (config: AdapterConfig): config is Ia3Config => config.peft_type === 'IA3';
+
+function settings(config: AdapterConfig): Ia3Config {
+  if (isIa3(config)) return config;
+  throw new AdapterError(`IA3: the configuration is of peft_type ${config.peft_type}`);
+}
+
+const defaultTargets: Readonly<Record<string, readonly string[]>> = {
+  mistral: ['k_proj', 'v_proj', 'down_proj'],
+  llama: ['k_proj', 'v_proj', 'down_proj'],
+};
+
+/**
+ * A configuration for a new (IA)^3 adapter, checked.
+ * @throws FormatError that lists everything that is wrong
+ */
+export function ia3Config(options: Ia3Options = {}): Ia3Config {
+  return read(configObject('IA3', options), 'ia3Config');
+}
+
+function read(object: JsonObject, where: string): Ia3Config {
+  return readPeftConfig(object, where, 'IA3', (fields) => {
+    const own = {
+      fan_in_fan_out: fields.boolean('fan_in_fan_out', false),
+      feedforward_modules: readNames(fields, 'feedforward_modules'),
+      init_ia3_weights: fields.boolean('init_ia3_weights', true),
+    };
+    if (own.fan_in_fan_out) {
+      fields.problem('fan_in_fan_out is true; it is for layers that store [in, out], which Mistral does not have');
+    }
+    return own;
+  });
+}
+
+/** A linear layer with a factor on each output, or on each input. */
+export class Ia3Linear extends PeftLayer {
+  readonly base_layer: Linear;
+  /** [out] or, of a feed-forward layer, [in]; f32 */
+  ia3_l: Tensor;
+  readonly #feedforward: boolean;
+  readonly #merged: MergedWeight;
+
+  /** @param feedforward scales the inputs rather than the outputs */
+  constructor(base: Linear, factors: Tensor, feedforward: boolean) {
+    super();
+    this.base_layer = base;
+    this.ia3_l = factors;
+    this.#feedforward = feedforward;
+    this.#merged = new MergedWeight(base);
+  }
+
+  /** x: [..., in] -> [..., out] */
+  override forward(x: Tensor): Tensor {
+    if (this.#merged.merged) return this.base_layer.forward(x);
+    if (this.#feedforward) return this.base_layer.forward(scaleColumns(x, this.ia3_l));
+    return scaleColumns(this.base_layer.forward(x), this.ia3_l);
+  }
+
+  override *adapterParameters(): Generator<[string, Tensor]> {
+    yield ['ia3_l', this.ia3_l];
+  }
+
+  /** As PEFT writes it: a column of factors for outputs, a row for inputs. */
+  override fileShape(): readonly number[] {
+    return this.#feedforward ? [1, this.ia3_l.size] : [this.ia3_l.size, 1];
+  }
+
+  #scaled(weight: Tensor): Tensor {
+    const wide = wideCopy(weight);
+    return this.#feedforward ? scaleColumns(wide, this.ia3_l) : scaleRows(wide, this.ia3_l);
+  }
+
+  override merge(): void {
+    this.#merged.merge((weight) => storedLike(this.#scaled(weight), weight));
+  }
+
+  override unmerge(): void {
+    this.#merged.unmerge();
+  }
+
+  async updateNorm(): Promise<number> {
+    const square = scope(() => {
+      const weight = this.#merged.original;
+      const update = add(this.#scaled(weight), scale(wideCopy(weight), -1));
+      return keep(sum(mul(update, update)));
+    });
+    const reading = square.item();
+    square.dispose();
+    return Math.sqrt(await reading);
+  }
+
+  override detach(): Module {
+    this.#merged.dispose();
+    return super.detach();
+  }
+
+  override dispose(): void {
+    super.dispose();
+    this.#merged.dispose();
+  }
+}
+
+function wrap(layer: Module, { config, device, path, seed }: WrapContext): PeftLayer {
+  if (!(layer instanceof Linear)) throw new AdapterError(`IA3 cannot wrap ${path}; it takes linear layers`);
+  const { feedforward_modules, init_ia3_weights } = settings(config);
+  // Without names of its own the feed-forward's last layer is meant, as PEFT has it for Mistral.
+  const feedforward = namesTest(feedforward_modules ?? ['down_proj'], 'feedforward_modules')(path);
+  const size = layer.weight.shape[feedforward ? 1 : 0];
+  const init: Init = init_ia3_weights ? { kind: 'ones' } : { kind: 'normal', std: 1 };
+  return new Ia3Linear(
+    layer,
+    adapterTensor(device, () => initialValues(`${path}.ia3_l`, size, init, seed), [size]),
+    feedforward,
+  );
+}
+
+/** Scaling vectors on the outputs or inputs of linear layers. */
+export const ia3: PeftMethod = definePeft({
+  name: 'IA3',
+  accepts: (module) => module instanceof Linear,
+  wrap,
+  parseConfig: (text, where) => read(parseJsonObject(text, where), where),
+  serializeConfig: (config) => serializeAdapterConfig(settings(config)),
+  defaultTargets,
+});

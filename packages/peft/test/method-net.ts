@@ -1,0 +1,209 @@
+/** The net of fixtures/make.py, and its ten steps. */
+import { readFileSync } from 'node:fs';
+import { Embedding, Join, Layer, Linear, Module, RMSNorm } from '@lorikeet/nn';
+import {
+  add,
+  crossEntropy,
+  dequantize,
+  type Device,
+  isJsonObject,
+  keep,
+  type JsonObject,
+  parseJsonObject,
+  quantize,
+  scope,
+  silu,
+  type Tensor,
+} from '@lorikeet/tensor';
+import { valueAndGrad } from '@lorikeet/testing';
+import type { Adapter } from '../src/adapter.js';
+import { assign } from './tiny-model.js';
+
+/** A tensor of the fixture. */
+export interface Stored {
+  readonly shape: readonly number[];
+  readonly data: readonly number[];
+}
+
+/** What PyTorch made of a method. */
+export interface MethodFixture {
+  readonly start: ReadonlyMap<string, Stored>;
+  readonly losses: readonly number[];
+  /** Of the second step. */
+  readonly gradients: ReadonlyMap<string, readonly number[]>;
+  /** After the last step. */
+  readonly logits: readonly number[];
+}
+
+function objectAt(object: JsonObject, key: string): JsonObject {
+  const value = object[key];
+  if (!isJsonObject(value)) throw new Error(`the fixture has no object ${key}`);
+  return value;
+}
+
+function numbersAt(object: JsonObject, key: string): number[] {
+  const value = object[key];
+  if (!Array.isArray(value)) throw new Error(`the fixture has no list ${key}`);
+  return value.map(Number);
+}
+
+function storedAt(object: JsonObject, key: string): Stored {
+  const tensor = objectAt(object, key);
+  return { shape: numbersAt(tensor, 'shape'), data: numbersAt(tensor, 'data') };
+}
+
+const storedIn = (object: JsonObject): Map<string, Stored> =>
+  new Map(Object.keys(object).map((key) => [key, storedAt(object, key)]));
+
+const file = parseJsonObject(readFileSync(new URL('./fixtures/methods.json', import.meta.url), 'utf8'), 'methods.json');
+const base = storedIn(objectAt(file, 'base'));
+const ids = numbersAt(file, 'ids');
+const labels = numbersAt(file, 'labels');
+
+/** Logits of the base. */
+export const baseLogits: readonly number[] = numbersAt(file, 'base_logits');
+
+/** What `make.py` says of the starts of LoRA that look at the weight. */
+export const initialisations: JsonObject = objectAt(file, 'initialisations');
+export { numbersAt, storedAt };
+
+/** The fixture of a method. */
+export function methodFixture(name: string): MethodFixture {
+  const method = objectAt(objectAt(file, 'methods'), name);
+  const gradients = objectAt(method, 'gradients');
+  return {
+    start: storedIn(objectAt(method, 'start')),
+    losses: numbersAt(method, 'losses'),
+    gradients: new Map(Object.keys(gradients).map((key) => [key, numbersAt(gradients, key)])),
+    logits: numbersAt(method, 'logits'),
+  };
+}
+
+/** How the matrices of the blocks are stored; activations are f16 in the f16 net alone. */
+export type Storage = 'f32' | 'f16' | 'nf4' | 'restored';
+
+class Block extends Module {
+  norm: RMSNorm;
+  up_proj: Layer;
+  down_proj: Layer;
+  join = new Join();
+
+  constructor(norm: RMSNorm, up: Layer, down: Layer) {
+    super();
+    this.norm = norm;
+    this.up_proj = up;
+    this.down_proj = down;
+  }
+
+  forward(x: Tensor): Tensor {
+    const [same, h] = this.norm.fork(x);
+    return add(same, this.join.forward(this.down_proj.forward(silu(this.up_proj.forward(h))), same));
+  }
+}
+
+export class MethodNet extends Module {
+  embed_tokens: Embedding;
+  layers: Block[];
+  norm: RMSNorm;
+  lm_head: Layer;
+  readonly #dtype: 'f32' | 'f16';
+
+  /** @param storage `restored` has the numbers of `nf4` in f32 */
+  constructor(device: Device, storage: Storage = 'f32') {
+    super();
+    this.#dtype = storage === 'f16' ? 'f16' : 'f32';
+    const weight = (name: string): Tensor => {
+      const { shape, data } = base.get(`${name}.weight`) ?? { shape: [], data: [] };
+      return keep(device.fromArray(data, shape, this.#dtype));
+    };
+    const linear = (name: string): Linear => {
+      const plain = weight(name);
+      if (storage !== 'nf4' && storage !== 'restored') return new Linear(plain);
+      const quantized = scope(() => keep(quantize(plain, 'nf4')));
+      plain.dispose();
+      if (storage === 'nf4') return new Linear(quantized);
+      const restored = scope(() => keep(dequantize(quantized)));
+      quantized.dispose();
+      return new Linear(restored);
+    };
+    const norm = (name: string): RMSNorm => new RMSNorm(weight(name), 1e-5);
+    this.embed_tokens = new Embedding(weight('embed_tokens'));
+    this.layers = [0, 1].map(
+      (i) => new Block(norm(`layers.${i}.norm`), linear(`layers.${i}.up_proj`), linear(`layers.${i}.down_proj`)),
+    );
+    this.norm = norm('norm');
+    this.lm_head = new Linear(weight('lm_head'));
+  }
+
+  /** [N, V] */
+  logits(): Tensor {
+    const { device } = this.embed_tokens.weight;
+    let x = this.embed_tokens.forward(device.fromArray(ids, [ids.length], 'i32'), this.#dtype);
+    for (const block of this.layers) x = block.forward(x);
+    return this.lm_head.forward(this.norm.forward(x));
+  }
+
+  loss(): Tensor {
+    const { device } = this.embed_tokens.weight;
+    const targets = device.fromArray(labels, [labels.length], 'i32');
+    return crossEntropy(this.logits(), targets, { scale: 1 / labels.length }).loss;
+  }
+
+  async readLogits(): Promise<number[]> {
+    const y = scope(() => keep(this.logits()));
+    const read = y.read();
+    y.dispose();
+    return Array.from(await read);
+  }
+}
+
+/** Loss and gradients by parameter name. */
+export async function gradientsOf(
+  net: MethodNet,
+  parameters: readonly (readonly [string, Tensor])[],
+): Promise<{ loss: number; gradients: Map<string, Float64Array> }> {
+  const [value, ...grads] = scope(() => {
+    const result = valueAndGrad(
+      () => net.loss(),
+      parameters.map(([, p]) => p),
+    );
+    return keep([result.value, ...result.grads]);
+  });
+  const loss = await value.item();
+  const gradients = new Map<string, Float64Array>();
+  for (const [i, grad] of grads.entries()) gradients.set(parameters[i][0], Float64Array.from(await grad.read()));
+  for (const x of [value, ...grads]) x.dispose();
+  return { loss, gradients };
+}
+
+/** Ten steps of AdamW with the settings of make.py, its arithmetic in doubles on the host. */
+export async function tenSteps(
+  net: MethodNet,
+  adapter: Adapter,
+): Promise<{ losses: number[]; gradients: ReadonlyMap<string, Float64Array> }> {
+  const parameters = [...adapter.parameters()];
+  const state = new Map(
+    parameters.map(([name, p]) => [name, { m: new Float64Array(p.size), v: new Float64Array(p.size) }]),
+  );
+  const values = new Map<string, Float64Array>();
+  for (const [name, p] of parameters) values.set(name, Float64Array.from(await p.read()));
+  const losses: number[] = [];
+  let second: ReadonlyMap<string, Float64Array> = new Map();
+  for (let step = 1; step <= 10; step++) {
+    const { loss, gradients } = await gradientsOf(net, parameters);
+    losses.push(loss);
+    if (step === 2) second = gradients;
+    for (const [name, p] of parameters) {
+      const [at, moments, grad] = [values.get(name), state.get(name), gradients.get(name)];
+      if (at === undefined || moments === undefined || grad === undefined) throw new Error(`no state of ${name}`);
+      const { m, v } = moments;
+      grad.forEach((g, i) => {
+        m[i] = 0.9 * m[i] + 0.1 * g;
+        v[i] = 0.999 * v[i] + 0.001 * g * g;
+        at[i] -= ((0.01 / (1 - 0.9 ** step)) * m[i]) / (Math.sqrt(v[i] / (1 - 0.999 ** step)) + 1e-6);
+      });
+      assign(p, at);
+    }
+  }
+  return { losses, gradients: second };
+}
