@@ -125,6 +125,8 @@ function attentionKernel(hd: number, ratio: number): Kernel {
       splits: 'u32',
       pitch: 'u32',
       factor: 'f32',
+      /** Blocks of 8 columns. Not a constant, as software devices would unroll the loop and take long to compile it. */
+      octets: 'u32',
     },
     workgroupSize: threads,
     body: `
@@ -152,7 +154,7 @@ fn kernel(group: u32, lane: u32) {
   for (var tile = lo; tile < hi; tile += ${threads}u) {
     let at = ((b * P.capacity + min(tile + lane, hi - 1u)) * P.kv_heads + g) * ${hd / 8}u;
     ${lines(ratio, (r) => `var s${r} = 0.0;`)}
-    for (var i = 0u; i < ${hd / 8}u; i++) {
+    for (var i = 0u; i < P.octets; i++) {
       let key = k_load8(at + i);
       ${lines(ratio, (r) => `s${r} += dot(key[0], query[${r * quads}u + 2u * i]) + dot(key[1], query[${r * quads}u + 2u * i + 1u]);`)}
     }
@@ -298,6 +300,7 @@ export function decodeAttention(
       splits,
       pitch: quads + 2,
       factor: D ** -0.5 * Math.LOG2E,
+      octets: D / 8,
     },
     B * G * splits,
     { flops: 4 * (end - first) * D * B * H },

@@ -36,6 +36,8 @@ const kernel = defineKernel({
     top_k: 'u32',
     tail: 'f32',
     min_p: 'f32',
+    /** 32. Not a constant, as software devices would unroll the loop and take long to compile it. */
+    bits: 'u32',
   },
   constants: { DRAW: 0, PENALTY: 0, TOP_K: 0, TOP_P: 0 },
   workgroupSize: threads,
@@ -101,7 +103,7 @@ fn kernel(group: u32, lane: u32) {
     if (TOP_K == 1u) {
       // The k-th largest key, eight bits at a time.
       if (lane == 0u) { found[0] = 0u; found[1] = P.top_k; }
-      for (var digit = 0u; digit < 4u; digit++) {
+      for (var digit = 0u; digit < P.bits / 8u; digit++) {
         let shift = 24u - 8u * digit;
         atomicStore(&histogram[lane], 0u);
         workgroupBarrier();
@@ -139,7 +141,7 @@ fn kernel(group: u32, lane: u32) {
       // The largest key so that all below it together have at most the tail's weight, bit by bit from the top.
       var cut = 0u;
       var below = 0.0;
-      for (var bit = 0u; bit < 32u; bit++) {
+      for (var bit = 0u; bit < P.bits; bit++) {
         let next = cut | (0x80000000u >> bit);
         mass = 0.0;
         for (var i = lane; i < P.vocab; i += WORKGROUP) {
@@ -267,6 +269,7 @@ export function sample(logits: Tensor, state: SampleState, options: SampleOption
       top_k: topK,
       tail: 1 - topP,
       min_p: draw ? minP : 0,
+      bits: 32,
     },
     B,
     {
