@@ -168,6 +168,7 @@ Examples:
   lorikeet eval --model ./model --adapter ./out --data test.jsonl --labels negative,neutral,positive
   lorikeet generate --model ./model --adapter ./out --prompt "Answer: "
   lorikeet merge --model ./model --adapter ./out --output ./merged --verify
+  lorikeet export --model ./model --adapter ./out --to gguf --output model.gguf
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
     );
@@ -311,9 +312,54 @@ lorikeet generate --model ./model --adapter ./out --prompt "Answer: " --temperat
         await runMerge(context, command.opts());
       });
     });
+
+  add(
+    program,
+    'export',
+    'Writes a model or an adapter as the files of another tool: llama.cpp and Ollama (gguf, gguf-lora), MLX, PEFT.',
+    `lorikeet export --model ./model --adapter ./out --to gguf --output model.gguf      merged, f16
+lorikeet export --model ./model --to gguf --type q8_0 --output model-q8.gguf
+lorikeet export --model ./model --adapter ./out --to gguf-lora --output adapter.gguf
+lorikeet export --model ./model --adapter ./out --to mlx --output ./mlx-adapter`,
+  )
+    .addOption(
+      new Option('--to <format>', 'what to write').choices(['gguf', 'gguf-lora', 'mlx', 'peft']).makeOptionMandatory(),
+    )
+    .requiredOption('--output <file or folder>', 'a new file (gguf, gguf-lora) or folder (mlx, peft)')
+    .option('--adapter <folder or id>', 'adapter to write; with --to gguf it is merged into the model')
+    .addOption(
+      new Option(
+        '--type <type>',
+        'storage of the weights in GGUF (default: f16 of a model, f32 of an adapter)',
+      ).choices(['f16', 'q8_0', 'q4_0', 'f32']),
+    )
+    .option('--pre-tokenizer <name>', 'llama.cpp’s name of a byte-level pre-tokenizer that is not known here')
+    .action(async (_options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runExport } = await import('./commands/export.js');
+        await runExport(context, command.opts());
+      });
+    });
+
   for (const command of program.commands) {
-    if (['eval', 'generate', 'merge'].includes(command.name())) withModel(command);
+    if (['eval', 'generate', 'merge', 'export'].includes(command.name())) withModel(command);
   }
+
+  add(
+    program,
+    'import',
+    'Makes a PEFT adapter of an adapter of another tool.',
+    'lorikeet import --from mlx ./mlx-adapter --output ./adapter',
+  )
+    .argument('<folder>', 'adapter of mlx-lm: adapters.safetensors and adapter_config.json')
+    .addOption(new Option('--from <format>', 'what it is').choices(['mlx']).makeOptionMandatory())
+    .requiredOption('--output <folder>', 'folder of the adapter; must be new or empty')
+    .action(async (folder: string, _options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runImport } = await import('./commands/import.js');
+        await runImport(context, folder, command.opts());
+      });
+    });
 
   add(
     program,

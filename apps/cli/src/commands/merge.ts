@@ -59,7 +59,7 @@ export async function runMerge(context: CommandContext, options: MergeOptions): 
   const { ui } = context;
   await checkEmpty(options.output);
   const read = await readSession(context, options);
-  const stored = await storage(read.files, options.dtype);
+  const stored = await mergeStorage(read.files, options.dtype);
   // The sum has no 4-bit form: what the base has in 4 bits is restored.
   const session = await openSession(context, { ...options, dtype: stored.compute, dequantize: true }, read);
   try {
@@ -117,13 +117,14 @@ export async function runMerge(context: CommandContext, options: MergeOptions): 
   }
 }
 
-async function checkEmpty(folder: string): Promise<void> {
+/** Refuses a folder that holds anything. */
+export async function checkEmpty(folder: string): Promise<void> {
   const names = await readdir(folder).catch((error: unknown) => {
     if (errorCode(error) === 'ENOENT') return [];
-    throw fileError(error, folder, 'cannot write the merged model here');
+    throw fileError(error, folder, 'cannot write here');
   });
   if (names.length > 0) {
-    throw new CliError('this folder is not empty', { where: folder, fix: 'Choose a new folder for the merged model.' });
+    throw new CliError('this folder is not empty', { where: folder, fix: 'Choose a new folder.' });
   }
 }
 
@@ -131,7 +132,7 @@ async function checkEmpty(folder: string): Promise<void> {
  * In which type the merged model is stored, and in which it is held on the device. The sum is computed in f32 always.
  * bfloat16 reaches further than float16, so such a checkpoint is held as f32 unless float16 is asked for.
  */
-async function storage(
+export async function mergeStorage(
   files: ModelFiles,
   wanted: ConfigDType | undefined,
 ): Promise<{ readonly dtype: 'F32' | 'F16' | 'BF16'; readonly compute: 'float32' | 'float16' }> {

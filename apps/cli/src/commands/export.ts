@@ -1,0 +1,189 @@
+/** `lorikeet export`: models and adapters as the files of other tools. */
+import { copyFile, mkdir, readFile, stat } from 'node:fs/promises';
+import { basename, dirname, join, resolve } from 'node:path';
+import { type GgufReport, writeMistralGguf } from '@lorikeet/mistral';
+import { readLoraFile, writeMlxAdapter } from '@lorikeet/peft';
+import type { ByteSink, GgufType } from '@lorikeet/tensor';
+import { createFile, createFolder, openFolder, openSafetensorsFile } from '@lorikeet/tensor/node';
+import type { CommandContext } from '../context.js';
+import { CliError, errorCode, fileError, UsageError } from '../errors.js';
+import { checkFitsModel, writeGgufLora } from '../export-gguf-lora.js';
+import { openSession, readAdapterFiles, readModelFiles, readSession, requireTokenizer } from '../session.js';
+import { formatBytes, formatCount, printable } from '../text.js';
+import type { Progress } from '../ui.js';
+import { writeFolderAtomic } from '../write.js';
+import { checkEmpty, mergeStorage } from './merge.js';
+
+/** Storage of a GGUF file's matrices. */
+export type ExportType = 'f16' | 'q8_0' | 'q4_0' | 'f32';
+
+/** Options of the command. */
+export interface ExportOptions {
+  readonly model: string;
+  readonly adapter?: string;
+  readonly to: 'gguf' | 'gguf-lora' | 'mlx' | 'peft';
+  readonly output: string;
+  readonly type?: ExportType;
+  /** llama.cpp's name of a pre-tokenizer that is not known here. */
+  readonly preTokenizer?: string;
+  readonly revision?: string;
+  readonly cacheDir?: string;
+  readonly offline?: boolean;
+}
+
+const storageTypes: Readonly<Record<ExportType, GgufType>> = {
+  f16: 'F16',
+  q8_0: 'Q8_0',
+  q4_0: 'Q4_0',
+  f32: 'F32',
+};
+
+/** Runs the command. */
+export async function runExport(context: CommandContext, options: ExportOptions): Promise<void> {
+  const { to, adapter, type } = options;
+  if (to === 'gguf') {
+    await exportModel(context, options);
+    return;
+  }
+  if (adapter === undefined) {
+    throw new UsageError(`--to ${to} writes an adapter, and none is given`, { fix: 'Add --adapter <folder>.' });
+  }
+  if (type !== undefined && (to !== 'gguf-lora' || type.startsWith('q'))) {
+    throw new UsageError(`--type ${type} is not for --to ${to}`, {
+      fix:
+        to === 'gguf-lora'
+          ? 'An adapter is stored as f32 or f16.'
+          : 'Leave it out: the values are written as they are.',
+    });
+  }
+  await exportAdapter(context, { ...options, adapter });
+}
+
+/** The model, with the adapter merged where one is given. */
+async function exportModel(context: CommandContext, options: ExportOptions): Promise<void> {
+  const { ui } = context;
+  await checkNew(options.output);
+  const read = await readSession(context, options);
+  const tokenizer = requireTokenizer(read.tokenizer, read.files.folder);
+  const type = storageTypes[options.type ?? 'f16'];
+  const { compute } = await mergeStorage(read.files, type === 'F32' ? 'float32' : undefined);
+  const session = await openSession(context, { ...options, dtype: compute, dequantize: true }, read);
+  try {
+    session.adapter?.mergeAndUnload();
+    let progress: Progress | undefined;
+    let report: GgufReport | undefined;
+    try {
+      await writeNew(options.output, async (sink) => {
+        report = await writeMistralGguf(session.model, tokenizer, sink, {
+          type,
+          name: basename(resolve(options.adapter ?? read.files.name)),
+          chatTemplate: await chatTemplate([read.adapterFiles?.folder, read.files.folder]),
+          preTokenizer: options.preTokenizer,
+          onProgress: (done, total) => {
+            progress ??= ui.progress('writing', { total, format: formatBytes });
+            progress.update(done);
+          },
+          onWarning: (message) => ui.warn(message),
+          signal: context.signal,
+        });
+      });
+    } finally {
+      progress?.done();
+    }
+    const { tensors = 0, bytes = 0, fallbacks = [] } = report ?? {};
+    if (ui.json) {
+      ui.data({ output: options.output, format: 'gguf', type, tensors, bytes, stored_as_f16: fallbacks });
+    }
+    const what = session.adapter === undefined ? 'model' : 'merged model';
+    ui.line(
+      `${what} saved as ${printable(options.output)} (${type}, ${formatCount(tensors)} tensors, ${formatBytes(bytes)})`,
+    );
+  } finally {
+    session.close();
+  }
+}
+
+async function exportAdapter(
+  context: CommandContext,
+  options: ExportOptions & { readonly adapter: string },
+): Promise<void> {
+  const { ui } = context;
+  const { to, output } = options;
+  await (to === 'gguf-lora' ? checkNew(output) : checkEmpty(output));
+  const { config } = await readModelFiles(context, options.model, { ...options, weights: false });
+  const { folder, name } = await readAdapterFiles(context, options.adapter, options);
+  let updates: number | undefined;
+  if (to === 'peft') await copyPeft(folder, output);
+  else {
+    const file = await readLoraFile(openFolder(folder));
+    updates = file.updates.length;
+    checkFitsModel(config, file, folder);
+    if (to === 'mlx') {
+      await writeFolderAtomic(output, async (temporary) => {
+        await writeMlxAdapter(createFolder(temporary), file, config.num_hidden_layers);
+      });
+    } else {
+      await writeNew(output, async (sink) => {
+        const type = options.type === 'f16' ? 'F16' : 'F32';
+        await writeGgufLora(sink, config, file, { type, name: basename(resolve(name)) });
+      });
+    }
+  }
+  if (ui.json) ui.data({ output, format: to, updates: updates ?? null });
+  const count = updates === undefined ? '' : `, ${formatCount(updates)} linear layers`;
+  ui.line(`adapter saved in ${printable(output)} (${to}${count})`);
+}
+
+/** The adapter's files alone, byte for byte, without those of the run. */
+async function copyPeft(folder: string, output: string): Promise<void> {
+  // A broken file is told here rather than by the next reader.
+  await (await openSafetensorsFile(join(folder, 'adapter_model.safetensors'))).close();
+  await writeFolderAtomic(output, async (temporary) => {
+    for (const name of ['adapter_model.safetensors', 'adapter_config.json']) {
+      await copyFile(join(folder, name), join(temporary, name));
+    }
+  });
+}
+
+async function checkNew(path: string): Promise<void> {
+  const found = await stat(path).catch((error: unknown) => {
+    if (errorCode(error) === 'ENOENT') return undefined;
+    throw fileError(error, path, 'cannot write here');
+  });
+  if (found === undefined) return;
+  throw new CliError(found.isDirectory() ? 'this is a folder, a file is to be written' : 'this file is there already', {
+    where: path,
+    fix: 'Choose the name of a new file.',
+  });
+}
+
+/** Writes a file whole or not at all. */
+async function writeNew(path: string, fill: (sink: ByteSink) => Promise<void>): Promise<void> {
+  try {
+    await mkdir(dirname(path), { recursive: true });
+    const sink = await createFile(path);
+    try {
+      await fill(sink);
+      await sink.close();
+    } catch (error) {
+      await sink.abort();
+      throw error;
+    }
+  } catch (error) {
+    throw errorCode(error) === undefined ? error : fileError(error, path, 'cannot write');
+  }
+}
+
+/** The template that stands in a file of its own, where the tokenizer's settings have none. */
+async function chatTemplate(folders: readonly (string | undefined)[]): Promise<string | undefined> {
+  for (const folder of folders) {
+    if (folder === undefined) continue;
+    const path = join(folder, 'chat_template.jinja');
+    try {
+      return await readFile(path, 'utf8');
+    } catch (error) {
+      if (errorCode(error) !== 'ENOENT') throw fileError(error, path, 'cannot read');
+    }
+  }
+  return undefined;
+}
