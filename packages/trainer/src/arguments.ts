@@ -28,6 +28,10 @@ export interface TrainingArguments extends Omit<AdamWOptions, 'learningRates' | 
   readonly eval_steps?: number;
   /** Evaluate before the first step too. Default false. */
   readonly eval_on_start?: boolean;
+  /** A checkpoint every so many steps (a share of all steps when below 1); 0, the default, makes none. */
+  readonly save_steps?: number;
+  /** A checkpoint when the signal ends the run early. Default false. */
+  readonly save_on_interrupt?: boolean;
   /** Seed of data order and dropout; default 42. */
   readonly seed?: number;
   /** Seed of the data order where it should differ. */
@@ -79,6 +83,8 @@ const rules: Readonly<Record<keyof TrainingArguments, Rule>> = {
   gradient_checkpointing: flag,
   eval_steps: stepsOrShare,
   eval_on_start: flag,
+  save_steps: stepsOrShare,
+  save_on_interrupt: flag,
   seed,
   data_seed: seed,
   adam_beta1: beta,
@@ -87,6 +93,25 @@ const rules: Readonly<Record<keyof TrainingArguments, Rule>> = {
   weight_decay: notNegative,
   max_grad_norm: number(() => true, 'a finite number; 0 or less does not clip'),
 };
+
+/** Settings that may change when a run goes on: the bits of its losses and weights do not hang on them. */
+const changeable: readonly string[] = [
+  'per_device_eval_batch_size',
+  'eval_steps',
+  'eval_on_start',
+  'save_steps',
+  'save_on_interrupt',
+];
+
+/** The settings that decide the bits of a run, as far as they were given. */
+export function fixedArguments(args: TrainingArguments): Record<string, string | number | boolean> {
+  const fixed: Record<string, string | number | boolean> = {};
+  for (const name of Object.keys(rules).filter((key) => !changeable.includes(key))) {
+    const value: unknown = Reflect.get(args, name);
+    if (typeof value === 'string' || typeof value === 'number' || typeof value === 'boolean') fixed[name] = value;
+  }
+  return fixed;
+}
 
 const sftRules: Readonly<Record<Exclude<keyof SFTConfig, keyof TrainingArguments>, Rule>> = {
   max_length: [

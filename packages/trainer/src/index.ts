@@ -1,4 +1,5 @@
 export * from './arguments.js';
+export * from './checkpoint.js';
 export * from './data.js';
 export * from './metrics.js';
 export * from './schedule.js';

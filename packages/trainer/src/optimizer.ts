@@ -3,7 +3,19 @@
  * on the device: a step waits for nothing. Parameters, gradients and moments are f32 and lie side by side in arenas, so
  * that a step takes three dispatches, however many parameters there are.
  */
-import { defineKernel, type Device, keep, LorikeetError, scope, storedBytes, type Tensor } from '@lorikeet/tensor';
+import {
+  defineKernel,
+  type Device,
+  encodeFloats,
+  FormatError,
+  keep,
+  LorikeetError,
+  scope,
+  storedBytes,
+  type Tensor,
+  type TensorEntry,
+  type TensorFile,
+} from '@lorikeet/tensor';
 
 /** Settings of `AdamW`, named and defaulted as in transformers' TrainingArguments. */
 export interface AdamWOptions {
@@ -123,6 +135,8 @@ const slot = {
   correct: 8,
 } as const;
 const stateSize = 16;
+/** Names of the moments in files, as torch calls them, before the parameter's. */
+const momentPrefix = { m: 'exp_avg.', v: 'exp_avg_sq.' } as const;
 
 const decideKernel = defineKernel({
   name: 'optimizer_decide',
@@ -434,6 +448,85 @@ export class AdamW {
       loss: s[slot.loss],
       correct: s[slot.correct],
     }));
+  }
+
+  #slice(arena: 'm' | 'v', index: number): Tensor {
+    const { segment, byteOffset, shape } = this.places[index];
+    return this.segments[segment][arena].slice(byteOffset, shape);
+  }
+
+  /**
+   * What `restore` takes, f32: the moments of each parameter, `loss_scale` and `progress` (good steps, growth count). The
+   * moments are read from the device when they are written, one by one; no step may begin before that is done.
+   */
+  async entries(): Promise<TensorEntry[]> {
+    const state = await this.#state.read();
+    const bytes = (values: ArrayLike<number>): Uint8Array => encodeFloats(Float32Array.from(values), 'F32').bytes;
+    const moments = this.places.flatMap(({ name, shape }, i) =>
+      (['m', 'v'] as const).map(
+        (arena): TensorEntry => ({
+          name: `${momentPrefix[arena]}${name}`,
+          dtype: 'F32',
+          shape,
+          data: async () => {
+            const part = scope(() => keep(this.#slice(arena, i)));
+            try {
+              return bytes(await part.read());
+            } finally {
+              part.dispose();
+            }
+          },
+        }),
+      ),
+    );
+    return [
+      ...moments,
+      { name: 'loss_scale', dtype: 'F32', shape: [], data: bytes(await this.scale.read()) },
+      { name: 'progress', dtype: 'F32', shape: [2], data: bytes([state[slot.goodSteps], state[slot.growth]]) },
+    ];
+  }
+
+  /**
+   * Takes what `entries` gave; the parameters are not in it.
+   * @throws FormatError that names every tensor that is missing, not expected or of another shape; nothing is changed then
+   */
+  async restore(file: TensorFile): Promise<void> {
+    const wanted = new Map<string, readonly number[]>([
+      ['loss_scale', []],
+      ['progress', [2]],
+    ]);
+    for (const { name, shape } of this.places)
+      for (const prefix of Object.values(momentPrefix)) wanted.set(prefix + name, shape);
+    const problems = [...wanted].flatMap(([name, shape]) => {
+      const found = file.tensors.get(name);
+      if (found === undefined) return [`${name} is missing`];
+      if (found.dtype !== 'F32' || found.shape.join() !== shape.join())
+        return [`${name} is ${found.dtype} [${found.shape.join(', ')}], not F32 [${shape.join(', ')}]`];
+      return [];
+    });
+    problems.push(...[...file.tensors.keys()].filter((name) => !wanted.has(name)).map((name) => `${name} is unknown`));
+    if (problems.length > 0) {
+      const more = problems.length > 10 ? `\n  and ${problems.length - 10} more` : '';
+      throw new FormatError(
+        `${file.name}: is not the state of this optimizer:\n  ${problems.slice(0, 10).join('\n  ')}${more}`,
+      );
+    }
+    const device = this.#device;
+    for (const [i, { name, shape }] of this.places.entries()) {
+      for (const arena of ['m', 'v'] as const) {
+        const values = await file.readFloats(momentPrefix[arena] + name);
+        scope(() => device.copy(device.fromArray(values, shape), this.#slice(arena, i)));
+      }
+    }
+    const scale = await file.readFloats('loss_scale');
+    const [goodSteps, growth] = await file.readFloats('progress');
+    const state = new Float32Array(stateSize);
+    state[slot.goodSteps] = goodSteps;
+    state[slot.growth] = growth;
+    scope(() => {
+      device.copy(device.fromArray(scale, []), this.scale);
+      device.copy(device.fromArray(state, [stateSize]), this.#state);
+    });
   }
 
   /** Bytes of gradients, moments and state on the device; the parameters not counted. */

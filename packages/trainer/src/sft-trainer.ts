@@ -1,12 +1,27 @@
 /** Supervised fine-tuning in the shape that users of trl know; all the work is done by `train`. */
 import type { CausalLM } from '@lorikeet/nn';
-import { encodeFloats, LorikeetError, type SinkFolder, type Tensor, writeCheckpoint } from '@lorikeet/tensor';
+import {
+  type ByteFolder,
+  encodeFloats,
+  FormatError,
+  isJsonArray,
+  isJsonObject,
+  type JsonObject,
+  type JsonValue,
+  LorikeetError,
+  openCheckpoint,
+  scope,
+  type SinkFolder,
+  type Tensor,
+  writeCheckpoint,
+} from '@lorikeet/tensor';
 import { type SFTConfig, stepCount, totalSteps, validateSFTConfig } from './arguments.js';
+import { readTrainerState } from './checkpoint.js';
 import { checkExamples, type CollateOptions, type DataCollator, type DataRow, type TokenizedExample } from './data.js';
 import { scheduleWarnings } from './schedule.js';
 import { type TextTokenizer, tokenizeExamples } from './sft.js';
 import { type PromptTemplate, resolveTemplate } from './template.js';
-import { evaluateLoss, type StepRecord, train, type TrainRecord, type TrainResult } from './train.js';
+import { type CheckpointRecord, evaluateLoss, train, type TrainRecord, type TrainResult } from './train.js';
 
 /** What is trained in place of the model's own parameters. */
 export interface TrainableAdapter {
@@ -14,6 +29,8 @@ export interface TrainableAdapter {
   parameters(): Iterable<readonly [name: string, parameter: Tensor]>;
   /** Writes the adapter's files. */
   save(folder: SinkFolder): Promise<void>;
+  /** Takes the values of files that `save` wrote; without it a run cannot go on from a checkpoint. */
+  load?(folder: ByteFolder): Promise<void>;
 }
 
 /** A way to make a model trainable in few parameters. */
@@ -82,6 +99,8 @@ export interface SFTTrainerState {
 
 /** What `SFTTrainer.steps` and `train` take. */
 export interface SFTStepOptions {
+  /** Goes on from the checkpoint in this folder, which `saveCheckpoint` wrote in a run of the same settings and data. */
+  readonly resume_from_checkpoint?: ByteFolder | undefined;
   /** Stops cleanly after the steps that were begun. */
   readonly signal?: AbortSignal | undefined;
   /** Called during evaluations with the rows done so far and all rows. */
@@ -92,6 +111,11 @@ export interface SFTStepOptions {
 export interface SFTTrainOptions extends SFTStepOptions {
   /** Hears of every step and evaluation. */
   readonly onRecord?: ((record: TrainRecord) => void) | undefined;
+  /**
+   * Called every `save_steps`, and with `save_on_interrupt` when the signal ends the run; training waits for it. Give the
+   * record to `saveCheckpoint`.
+   */
+  readonly onCheckpoint?: ((checkpoint: CheckpointRecord) => Promise<void>) | undefined;
   /** Hears of every entry of the log, of which there is one in `logging_steps` steps, one after the last, one an evaluation. */
   readonly onLog?: ((entry: TrainLog | EvalLog) => void) | undefined;
 }
@@ -100,7 +124,7 @@ export interface SFTTrainOptions extends SFTStepOptions {
 export interface TrainOutput {
   /** Optimizer steps done, skipped ones included. */
   readonly global_step: number;
-  /** Mean loss of these steps; not finite where one of them was not. */
+  /** Mean loss of the steps of this call; not finite where one of them was not. */
   readonly training_loss: number;
   /** True when the signal ended the run early. */
   readonly aborted: boolean;
@@ -135,6 +159,36 @@ function isDataRow(item: object): item is DataRow {
 
 /** What `train` is told to return when a run is broken off; nobody reads it. */
 const brokenOff: TrainResult = { steps: 0, totalSteps: 0, skippedSteps: 0, aborted: true };
+
+/** A step as far as the next entry of the log needs it. */
+interface Unlogged {
+  readonly loss: number;
+  readonly tokenAccuracy: number;
+}
+
+/** JSON has no NaN and makes null of it. */
+const numberOr = (value: JsonValue | undefined): number => (typeof value === 'number' ? value : Number.NaN);
+
+const fieldsOf = (value: JsonValue | undefined): JsonObject => (isJsonObject(value) ? value : {});
+
+/** An entry of a log that was written as JSON. */
+function logEntry(value: JsonValue): TrainLog | EvalLog {
+  const fields = fieldsOf(value);
+  const at = (name: string): number => numberOr(fields[name]);
+  const [step, epoch] = [at('step'), at('epoch')];
+  if (Object.hasOwn(fields, 'eval_loss')) {
+    return { step, epoch, eval_loss: at('eval_loss'), eval_mean_token_accuracy: at('eval_mean_token_accuracy') };
+  }
+  return {
+    step,
+    epoch,
+    loss: at('loss'),
+    grad_norm: at('grad_norm'),
+    learning_rate: at('learning_rate'),
+    mean_token_accuracy: at('mean_token_accuracy'),
+    num_tokens: at('num_tokens'),
+  };
+}
 
 const mean = (values: readonly number[]): number => values.reduce((sum, value) => sum + value, 0) / values.length;
 
@@ -172,7 +226,7 @@ export class SFTTrainer {
   readonly #collate: CollateOptions | DataCollator;
   #template: PromptTemplate | undefined;
   #state: SFTTrainerState;
-  #sinceLog: StepRecord[] = [];
+  #sinceLog: Unlogged[] = [];
   #tokens = 0;
   #result: TrainResult = brokenOff;
 
@@ -264,11 +318,55 @@ export class SFTTrainer {
     return examples;
   }
 
-  /** Trains from the parameters as they are now, a record per step and evaluation; what `train` below runs through. */
+  /** Takes the values of the weights beside a checkpoint, and the log up to it. */
+  async #resume(folder: ByteFolder): Promise<void> {
+    const { global_step, epoch, caller } = await readTrainerState(folder);
+    const { log_history, since_log, num_tokens } = fieldsOf(caller);
+    if (!isJsonArray(log_history) || !isJsonArray(since_log) || typeof num_tokens !== 'number') {
+      throw new FormatError(`${folder.name}: this checkpoint was not written by SFTTrainer.saveCheckpoint`);
+    }
+    if (this.adapter === undefined) await this.#loadWeights(folder);
+    else if (this.adapter.load === undefined) {
+      throw new LorikeetError('SFTTrainer: this adapter has no `load`, so its checkpoints cannot be read');
+    } else await this.adapter.load(folder);
+    this.#state = { ...this.#state, global_step, epoch, log_history: log_history.map(logEntry) };
+    this.#sinceLog = since_log.map((value) => ({
+      loss: numberOr(fieldsOf(value)['loss']),
+      tokenAccuracy: numberOr(fieldsOf(value)['tokenAccuracy']),
+    }));
+    this.#tokens = num_tokens;
+  }
+
+  async #loadWeights(folder: ByteFolder): Promise<void> {
+    const file = await openCheckpoint(folder);
+    try {
+      const parameters = [...this.model.namedParameters()];
+      const wrong = parameters.filter(([name, { shape }]) => file.tensors.get(name)?.shape.join() !== shape.join());
+      if (wrong.length > 0) {
+        throw new FormatError(
+          `${file.name}: ${wrong.length} parameters of the model are missing or of another shape, ${wrong[0][0]} first`,
+        );
+      }
+      for (const [name, parameter] of parameters) {
+        const values = await file.readFloats(name);
+        const { device, shape } = parameter;
+        scope(() => device.copy(device.fromArray(values, shape), parameter));
+      }
+    } finally {
+      await file.close();
+    }
+  }
+
+  /**
+   * Trains from the parameters as they are now, or from a checkpoint; a record per step, evaluation and checkpoint. What
+   * `train` below runs through.
+   * @throws FormatError for a broken checkpoint, LorikeetError for one of another run
+   */
   async *steps(options: SFTStepOptions = {}): AsyncGenerator<TrainRecord, TrainResult, undefined> {
     this.#state = { global_step: 0, max_steps: this.#state.max_steps, epoch: 0, log_history: [] };
     this.#sinceLog = [];
     this.#tokens = 0;
+    if (options.resume_from_checkpoint !== undefined) await this.#resume(options.resume_from_checkpoint);
     const run = train({
       model: this.model,
       parameters: this.adapter?.parameters() ?? this.model.namedParameters(),
@@ -276,6 +374,7 @@ export class SFTTrainer {
       trainDataset: this.train_dataset,
       evalDataset: this.eval_dataset,
       collate: this.#collate,
+      resume: options.resume_from_checkpoint,
       signal: options.signal,
       onEvalProgress: options.onEvalProgress,
     });
@@ -303,8 +402,9 @@ export class SFTTrainer {
       log({ step, epoch, eval_loss: record.loss, eval_mean_token_accuracy: record.tokenAccuracy });
       return;
     }
+    if (record.kind === 'checkpoint') return;
     this.#state = { ...this.#state, global_step: step, epoch };
-    this.#sinceLog.push(record);
+    this.#sinceLog.push({ loss: record.loss, tokenAccuracy: record.tokenAccuracy });
     this.#tokens += record.tokens;
     const every = stepCount(this.args.logging_steps ?? 10, record.totalSteps);
     if (every === 0 || (step % every !== 0 && step !== record.totalSteps)) return;
@@ -326,9 +426,16 @@ export class SFTTrainer {
     const { per_device_train_batch_size: batch = 8, gradient_accumulation_steps: accumulation = 1 } = this.args;
     const losses: number[] = [];
     let logged = 0;
+    if (options.resume_from_checkpoint !== undefined) {
+      // Entries that another run has told of already.
+      const { caller } = await readTrainerState(options.resume_from_checkpoint);
+      const { log_history = [] } = fieldsOf(caller);
+      if (isJsonArray(log_history)) logged = log_history.length;
+    }
     for await (const record of this.steps(options)) {
       if (record.kind === 'step') losses.push(record.loss);
       options.onRecord?.(record);
+      if (record.kind === 'checkpoint') await options.onCheckpoint?.(record);
       for (; logged < this.#state.log_history.length; logged++) options.onLog?.(this.#state.log_history[logged]);
     }
     const seconds = (performance.now() - began) / 1000;
@@ -378,6 +485,17 @@ export class SFTTrainer {
       eval_samples_per_second: dataset.length / seconds,
       epoch: this.#state.epoch,
     };
+  }
+
+  /**
+   * Writes a checkpoint into a folder of its own: what `saveModel` writes, the optimizer's state and where the run stands.
+   * @param record the record of the checkpoint, before the next one is asked for
+   */
+  async saveCheckpoint(record: CheckpointRecord, folder: SinkFolder): Promise<void> {
+    await this.saveModel(folder);
+    const log_history = this.#state.log_history.map((entry): JsonObject => ({ ...entry }));
+    const since_log = this.#sinceLog.map((step): JsonObject => ({ ...step }));
+    await record.write(folder, { log_history, since_log, num_tokens: this.#tokens });
   }
 
   /**

@@ -1,8 +1,25 @@
 /** The training loop: an async generator that the caller drives. Blind to the model's architecture and to the adapter. */
 import { valueAndGrad } from '@lorikeet/autograd';
 import { type CausalLM, withTraining } from '@lorikeet/nn';
-import { addInto, keep, LorikeetError, scope, type Tensor } from '@lorikeet/tensor';
-import { stepCount, totalSteps, type TrainingArguments, validateTrainingArguments } from './arguments.js';
+import {
+  addInto,
+  type ByteFolder,
+  type JsonObject,
+  type JsonValue,
+  keep,
+  LorikeetError,
+  scope,
+  type SinkFolder,
+  type Tensor,
+} from '@lorikeet/tensor';
+import {
+  fixedArguments,
+  stepCount,
+  totalSteps,
+  type TrainingArguments,
+  validateTrainingArguments,
+} from './arguments.js';
+import { checkFixed, openTrainerState, parametersHash, writeTrainerState } from './checkpoint.js';
 import {
   type Batch,
   BatchSampler,
@@ -10,6 +27,7 @@ import {
   type CollateOptions,
   collatorOf,
   type DataCollator,
+  fingerprint,
   longestFirst,
   type TokenizedExample,
 } from './data.js';
@@ -29,6 +47,11 @@ export interface TrainOptions {
   readonly collate?: CollateOptions | DataCollator;
   /** Dynamic loss scaling; default on for models with f16 activations. False turns it off. */
   readonly lossScale?: LossScaleOptions | false;
+  /**
+   * Goes on from the checkpoint in this folder to the bits of a run that was not stopped. The parameters must have the
+   * checkpoint's values already; whoever wrote them beside it has read them again.
+   */
+  readonly resume?: ByteFolder | undefined;
   /** Stops cleanly: steps that were begun are finished and yielded, a running evaluation is given up. */
   readonly signal?: AbortSignal | undefined;
   /** Called during evaluations with the rows done so far and all rows. */
@@ -77,8 +100,26 @@ export interface EvalRecord {
   readonly supervisedTokens: number;
 }
 
-/** What `train` yields. */
-export type TrainRecord = StepRecord | EvalRecord;
+/** A place where the run can be gone on with, which stands still until the next record is asked for. */
+export interface CheckpointRecord {
+  readonly kind: 'checkpoint';
+  /** Steps done. */
+  readonly step: number;
+  readonly epoch: number;
+  /** Step of the checkpoint whose evaluation had the lowest loss so far; undefined where none was evaluated. */
+  readonly bestStep: number | undefined;
+  /** True when `signal` ended the run here. */
+  readonly interrupted: boolean;
+  /**
+   * Writes optimizer.safetensors and trainer_state.json. The parameters are the caller's to write, into files of their own.
+   * @param caller what the caller needs to go on; `readTrainerState` gives it back
+   * @throws LorikeetError after the next record was asked for
+   */
+  readonly write: (folder: SinkFolder, caller?: JsonValue) => Promise<void>;
+}
+
+/** What `train` yields; checkpoints only where `save_steps` or `save_on_interrupt` asks for them. */
+export type TrainRecord = StepRecord | EvalRecord | CheckpointRecord;
 
 /** What `train` returns. */
 export interface TrainResult {
@@ -95,6 +136,13 @@ export interface TrainResult {
 const lag = 2;
 
 const realTokens = ({ spans }: Batch): number => spans.reduce((sum, at, i) => sum + (i % 2 === 1 ? at : -at), 0);
+
+/** What can be compared of how examples become a batch: nothing of a function. */
+function collateSettings(collate: CollateOptions | DataCollator | undefined): JsonObject | null {
+  if (typeof collate !== 'object') return null;
+  const { padTokenId = null, padToMultipleOf = null, paddingSide = null } = collate;
+  return { padTokenId, padToMultipleOf, paddingSide };
+}
 
 /** What a step of a `Stepper` gives when the device has done it. */
 export interface WindowRecord extends OptimizerRecord {
@@ -116,7 +164,8 @@ export class Stepper {
   readonly #seed: number;
   /** Number of the running micro-step, for dropout: u32. */
   readonly #counter: Tensor;
-  #microStep = 0;
+  /** Number of the next micro-step; it numbers the masks of dropout. */
+  microStep = 0;
   /** True from the first gradient of a window until the step that takes them. */
   #collected = false;
 
@@ -169,7 +218,7 @@ export class Stepper {
     };
     try {
       for (const batch of window) {
-        const step = this.#microStep++;
+        const step = this.microStep++;
         // A micro-batch without supervised tokens adds nothing; the window is normalised as a whole.
         if (batch.supervised === 0) continue;
         scale.device.write(this.#counter, new Uint8Array(Uint32Array.of(step).buffer));
@@ -248,14 +297,14 @@ export async function evaluateLoss(
 }
 
 /**
- * Trains `parameters` in place and yields a record per optimizer step and evaluation. Steps are recorded ahead of the
- * device, so a record may come up to two steps late; before an evaluation and at the end all records come first.
- * Breaking off the loop, or `signal`, ends after the steps that were begun and frees the optimizer's state.
+ * Trains `parameters` in place and yields a record per optimizer step, evaluation and checkpoint. Steps are recorded ahead
+ * of the device, so a record may come up to two steps late; before an evaluation, a checkpoint and at the end all records
+ * come first. Breaking off the loop, or `signal`, ends after the steps that were begun and frees the optimizer's state.
  *
  * A loss or gradient that is not finite is in the records as it is, and the step is skipped.
  * @returns the steps done, and whether `signal` ended the run early
  * @throws RangeError that names every wrong value of `args`; LorikeetError for rows or parameters that cannot be
- * trained. Both before anything is allocated.
+ * trained, or a checkpoint of another run; FormatError for a broken one. All before a parameter is changed.
  */
 export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord, TrainResult, undefined> {
   const { model, args, trainDataset, evalDataset, signal } = options;
@@ -267,6 +316,8 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     gradient_accumulation_steps: accumulation = 1,
     eval_steps = 0,
     eval_on_start = false,
+    save_steps = 0,
+    save_on_interrupt = false,
     seed = 42,
   } = args;
   checkExamples(trainDataset, model.vocabSize, 'training');
@@ -280,21 +331,63 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     ...(args.warmup_ratio === undefined ? {} : { warmupRatio: args.warmup_ratio }),
   });
   const evalEvery = stepCount(eval_steps, total);
+  const saveEvery = stepCount(save_steps, total);
   const toBatch = collatorOf(options.collate);
   const sampler = new BatchSampler(trainDataset.length, { batchSize, seed: args.data_seed ?? seed, shuffle: true });
-  const stepper = new Stepper(model, options.parameters, {
-    ...args,
-    learningRates,
-    seed,
-    lossScale: scaling === false ? undefined : scaling,
+  const parameters = [...options.parameters];
+  const fixed = (): JsonObject => ({
+    ...fixedArguments(args),
+    loss_scale:
+      scaling === false ? null : { init: scaling.init ?? null, growthInterval: scaling.growthInterval ?? null },
+    model_dtype: model.dtype,
+    rows: trainDataset.length,
+    train_hash: fingerprint(trainDataset),
+    collate: collateSettings(options.collate),
   });
+  const checkpoint = options.resume === undefined ? undefined : await openTrainerState(options.resume);
+  const resumed = checkpoint?.state;
+  let stepper: Stepper;
+  try {
+    if (resumed !== undefined) {
+      checkFixed(resumed.fixed, fixed());
+      sampler.restore(resumed.sampler);
+      if ((await parametersHash(parameters)) !== resumed.parameters_hash) {
+        throw new LorikeetError(
+          `${options.resume?.name}: the parameters are not those of this checkpoint; load its weights before going on`,
+        );
+      }
+    }
+    stepper = new Stepper(model, parameters, {
+      ...args,
+      learningRates,
+      seed,
+      lossScale: scaling === false ? undefined : scaling,
+    });
+    if (checkpoint !== undefined) {
+      try {
+        await stepper.optimizer.restore(checkpoint.optimizer);
+      } catch (error) {
+        stepper.dispose();
+        throw error;
+      }
+      stepper.microStep = checkpoint.state.micro_step;
+    }
+  } finally {
+    await checkpoint?.optimizer.close();
+  }
   const device = stepper.optimizer.scale.device;
   device.resetPeak();
-  const began = performance.now();
-  let lastRecord = began;
-  let steps = 0;
-  let skippedSteps = 0;
+  const began = performance.now() - 1000 * (resumed?.seconds ?? 0);
+  const peakBytes = (): number => Math.max(device.stats().peakBytes, resumed?.peak_memory_bytes ?? 0);
+  const firstStep = (resumed?.global_step ?? 0) + 1;
+  let lastRecord = performance.now();
+  let steps = firstStep - 1;
+  let skippedSteps = resumed?.skipped_steps ?? 0;
   let gaveUp = false;
+  let best = { metric: resumed?.best_metric ?? null, step: resumed?.best_global_step ?? null };
+  /** Step that the checkpoint yielded last was of, and whether it can still be written. */
+  let saved = firstStep - 1;
+  let writable = false;
   const pending: { step: number; tokens: number; epoch: number; done: Promise<WindowRecord> }[] = [];
 
   const settle = async (next: (typeof pending)[number]): Promise<StepRecord> => {
@@ -320,7 +413,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
       supervisedTokens: record.supervisedTokens,
       tokens: next.tokens,
       tokensPerSecond: next.tokens / Math.max(seconds, 1e-9),
-      peakBytes: device.stats().peakBytes,
+      peakBytes: peakBytes(),
       seconds: (now - began) / 1000,
     };
   };
@@ -344,12 +437,68 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     }
   };
 
+  const saves = (step: number): boolean => saveEvery > 0 && step % saveEvery === 0;
+
+  /** Nothing may be pending. */
+  async function* checkpointOf(step: number, interrupted: boolean): AsyncGenerator<CheckpointRecord, void, undefined> {
+    const seconds = (performance.now() - began) / 1000;
+    saved = step;
+    writable = true;
+    yield {
+      kind: 'checkpoint',
+      step,
+      epoch: step / perEpoch,
+      bestStep: best.step ?? undefined,
+      interrupted,
+      write: async (folder, caller = null) => {
+        if (!writable || saved !== step)
+          throw new LorikeetError(
+            `the run has gone on from step ${step}; a checkpoint is written before the next record`,
+          );
+        const state = {
+          global_step: step,
+          max_steps: total,
+          epoch: step / perEpoch,
+          micro_step: stepper.microStep,
+          skipped_steps: skippedSteps,
+          sampler: sampler.state(),
+          best_metric: best.metric,
+          best_global_step: best.step,
+          evaluation_due: gaveUp,
+          seconds,
+          peak_memory_bytes: peakBytes(),
+          parameters_hash: await parametersHash(parameters),
+          fixed: fixed(),
+          caller,
+        };
+        await writeTrainerState(folder, state, await stepper.optimizer.entries(), () => device.throwIfFailed());
+      },
+    };
+    writable = false;
+    lastRecord = performance.now();
+  }
+
+  /** What follows a step: records that are still to come, evaluation, checkpoint. */
+  async function* after(step: number): AsyncGenerator<TrainRecord, void, undefined> {
+    const evaluates = evalDataset !== undefined && evalEvery > 0 && (step % evalEvery === 0 || step === total);
+    if (!evaluates && !saves(step)) return;
+    while (pending.length > 0) yield await settle(pending.shift() ?? pending[0]);
+    if (evaluates) {
+      const record = await evaluate(evalDataset, step);
+      if (record === undefined) return;
+      if (saves(step) && record.loss < (best.metric ?? Infinity)) best = { metric: record.loss, step };
+      yield record;
+    }
+    if (saves(step)) yield* checkpointOf(step, false);
+  }
+
   try {
-    if (evalDataset !== undefined && eval_on_start) {
+    if (evalDataset !== undefined && eval_on_start && resumed === undefined) {
       const record = await evaluate(evalDataset, 0);
       if (record !== undefined) yield record;
     }
-    for (let step = 1; step <= total && signal?.aborted !== true; step++) {
+    if (resumed?.evaluation_due === true) yield* after(steps);
+    for (let step = firstStep; step <= total && signal?.aborted !== true; step++) {
       const window: Batch[] = [];
       // An epoch's last window may be shorter: a step never mixes epochs.
       for (let ended = false; window.length < accumulation && !ended; ) {
@@ -367,14 +516,12 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
         done,
       });
       while (pending.length > lag) yield await settle(pending.shift() ?? pending[0]);
-      if (evalDataset !== undefined && evalEvery > 0 && (step % evalEvery === 0 || step === total)) {
-        while (pending.length > 0) yield await settle(pending.shift() ?? pending[0]);
-        const record = await evaluate(evalDataset, step);
-        if (record !== undefined) yield record;
-      }
+      yield* after(step);
     }
     while (pending.length > 0) yield await settle(pending.shift() ?? pending[0]);
+    if (save_on_interrupt && steps > saved && (gaveUp || steps < total)) yield* checkpointOf(steps, true);
   } finally {
+    writable = false;
     await Promise.allSettled(pending.map(({ done }) => done));
     stepper.dispose();
   }
