@@ -373,6 +373,7 @@ class Run {
           this.#showEvaluation(`at step ${record.step}`, record);
           continue;
         }
+        if (record.kind === 'checkpoint') continue;
         last = record;
         since.add(record);
         progress.update(record.step, `loss ${formatNumber(record.loss)}`);
