@@ -1,6 +1,6 @@
 /**
  * Products of a few rows with weights [N, K], y = x W^T: what a token of generation is made of. The weights are read once
- * for up to 8 rows of x.
+ * for up to 8 rows of x (a gated pair's for 4 where lanes exchange through memory).
  *
  * Eight lanes share the reduction: lane l adds the blocks of 8 elements l, l + 8, l + 16, ... in ascending order by fma, and
  * the lanes' sums are added in pairs, ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)). This order is the same for any number of
@@ -243,8 +243,10 @@ function run(x: Tensor, targets: readonly Target[], { norm, residual }: GemvOpti
   const device = x.device;
   const m = x.rows;
   const k = x.columns;
-  const rows = [1, 2, 4].find((n) => m <= n) ?? 8;
   const broadcast = device.info.subgroupSize === lanes;
+  // A pair of matrices, 8 rows and the exchange through memory are more than compilers of software devices can bear.
+  const most = gated && !broadcast ? 4 : 8;
+  const rows = [1, 2, 4].find((n) => m <= n) ?? most;
   const variant = {
     rows,
     weights: targets.length,
