@@ -72,6 +72,8 @@ export interface WrapContext {
   readonly path: string;
   /** Seed of the initial values; with the path it decides them. */
   readonly seed: number;
+  /** Width of the residual stream. */
+  readonly hiddenSize: number;
 }
 
 /** A parameter-efficient method. */
@@ -84,14 +86,14 @@ export interface PeftMethod {
   readonly wrap: (module: Module, context: WrapContext) => AdaptedModule;
   /** Reads and checks the text of an adapter_config.json; `where` names the file in messages. */
   readonly parseConfig: (text: string, where: string) => AdapterConfig;
-  /** The text of adapter_config.json. */
-  readonly serializeConfig: (config: AdapterConfig) => string;
+  /** The text of adapter_config.json; some files tell of the model. */
+  readonly serializeConfig: (config: AdapterConfig, model: { readonly hiddenSize: number }) => string;
   /** Targets by model type where the configuration names none; those of LoRA when left out. */
   readonly defaultTargets?: Readonly<Record<string, readonly string[]>>;
   /** The paths to wrap, for methods whose configuration has no `target_modules`. */
   readonly targets?: (config: AdapterConfig, modules: readonly ModuleInfo[]) => readonly string[];
-  /** A parameter's name in the file; `base_model.model.` and the path before it when left out. */
-  readonly keyOf?: (config: AdapterConfig, path: string, name: string) => string;
+  /** A parameter's name in the file; where undefined, `base_model.model.` and the path stand before it. */
+  readonly keyOf?: (config: AdapterConfig, path: string, name: string) => string | undefined;
   /** Name of the file of parameters; `adapter_model.safetensors` when left out. */
   readonly weightsFile?: string;
   /** True for the content of an adapter_config.json that says by other means than `peft_type` that it is of this method. */
@@ -262,11 +264,14 @@ export class Adapter {
   async save(folder: SinkFolder, options: { readonly baseModelName?: string } = {}): Promise<void> {
     const entries = await this.entries();
     const { config } = this;
-    const text = this.#method.serializeConfig({
-      ...config,
-      base_model_name_or_path: options.baseModelName ?? config.base_model_name_or_path,
-      task_type: config.task_type ?? 'CAUSAL_LM',
-    });
+    const text = this.#method.serializeConfig(
+      {
+        ...config,
+        base_model_name_or_path: options.baseModelName ?? config.base_model_name_or_path,
+        task_type: config.task_type ?? 'CAUSAL_LM',
+      },
+      { hiddenSize: hiddenSizeOf([...this.#model.namedModules()].map(([, module]) => module)) },
+    );
     const sinks: ByteSink[] = [];
     const create = async (name: string): Promise<ByteSink> => {
       const sink = await folder.create(name);
@@ -327,6 +332,12 @@ function kindOf(module: Module): ModuleInfo['kind'] {
   return module instanceof Linear ? 'linear' : module instanceof Embedding ? 'embedding' : 'other';
 }
 
+/** The width of the embedding's rows, which is that of the residual stream. */
+function hiddenSizeOf(modules: Iterable<Module>): number {
+  for (const module of modules) if (module instanceof Embedding) return module.weight.shape[1];
+  return 0;
+}
+
 /**
  * Wraps the modules that the configuration targets, and those that have trainable token rows. The base parameters stay as
  * they are; train `adapter.parameters()`.
@@ -367,9 +378,10 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
 
   const [first] = model.namedParameters();
   const device = first[1].device;
+  const hiddenSize = hiddenSizeOf(modules.values());
   const layers = new Map<string, AdaptedModule>();
   try {
-    for (const path of targets) layers.set(path, method.wrap(at(path), { device, config, path, seed }));
+    for (const path of targets) layers.set(path, method.wrap(at(path), { device, config, path, seed, hiddenSize }));
     for (const { path, ids } of tokens) layers.set(path, wrapTokenRows(at(path), ids));
     for (const path of saved) layers.set(path, wrapSaved(at(path)));
   } catch (error) {

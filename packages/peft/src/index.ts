@@ -7,6 +7,16 @@ export { lora } from './methods/lora.js';
 export { DoraLinear } from './methods/dora.js';
 export { ia3, type Ia3Config, ia3Config, Ia3Linear, type Ia3Options } from './methods/ia3.js';
 export { lnTuning, type LnTuningConfig, lnTuningConfig, type LnTuningOptions } from './methods/ln-tuning.js';
+export {
+  bottleneck,
+  type BottleneckActivation,
+  BottleneckAdapter,
+  type BottleneckConfig,
+  bottleneckConfig,
+  type BottleneckKind,
+  type BottleneckOptions,
+  type BottleneckSettings,
+} from './methods/bottleneck.js';
 export { doraScale, doraScaleOp } from './dora-scale.js';
 export { SavedEmbedding, SavedLinear, SavedNorm } from './saved-module.js';
 export { MergedWeight } from './merged-weight.js';

@@ -86,7 +86,7 @@ class Block extends Module {
   norm: RMSNorm;
   up_proj: Layer;
   down_proj: Layer;
-  join = new Join();
+  output_adapters: Join = new Join();
 
   constructor(norm: RMSNorm, up: Layer, down: Layer) {
     super();
@@ -97,7 +97,7 @@ class Block extends Module {
 
   forward(x: Tensor): Tensor {
     const [same, h] = this.norm.fork(x);
-    return add(same, this.join.forward(this.down_proj.forward(silu(this.up_proj.forward(h))), same));
+    return add(same, this.output_adapters.forward(this.down_proj.forward(silu(this.up_proj.forward(h))), same));
   }
 }
 

@@ -92,6 +92,7 @@ export { gatherRows, gatherRowsOp } from './ops/gather-rows.js';
 export { loraLinear, loraLinearOp, type LoraLinearOptions } from './ops/lora-linear.js';
 export { mul, mulOp } from './ops/mul.js';
 export { philox } from './ops/philox.js';
+export { relu, reluOp } from './ops/relu.js';
 export { replaceColumns, replaceColumnsOp } from './ops/replace-columns.js';
 export { replaceRows, replaceRowsOp } from './ops/replace-rows.js';
 export {
