@@ -25,7 +25,7 @@ const suites = [
   { name: 'gemv', file: 'packages/tensor/bench/gemv.ts' },
   { name: 'attention', file: 'packages/tensor/bench/attention.ts' },
   { name: 'lora-step', file: 'apps/cli/bench/lora-step.ts' },
-  { name: 'decode', file: 'apps/cli/bench/decode.ts' },
+  { name: 'decode', file: 'packages/mistral/bench/decode.ts' },
 ];
 
 /** The peers' command lines: those that the comparison needs, the slow ones left out. */

@@ -18,6 +18,7 @@ import {
 import { Random } from '@lorikeet/nn';
 import { keep, openDevice, reshape, scope } from '@lorikeet/tensor';
 import { openCheckpointFolder } from '@lorikeet/tensor/node';
+import { benchResult } from '@lorikeet/testing';
 
 const folder = fileURLToPath(new URL('../../../models/base', import.meta.url));
 const device = await openDevice();
@@ -62,14 +63,14 @@ async function measure(name: string, run: () => Promise<void>): Promise<void> {
   const from = performance.now();
   await run();
   const { user, system } = process.cpuUsage(cpu);
-  const perToken = (x: number): string => (x / count).toFixed(2);
-  console.log(
-    `${name.padEnd(28)} ${perToken(performance.now() - from).padStart(7)} ms, ${perToken((user + system) / 1000).padStart(7)} ms of ` +
-      `processor time, ${perToken(device.stats().dispatches - before)} dispatches a token`,
-  );
+  const wall = (performance.now() - from) / count;
+  const of = (value: number, unit: string, note: string): void =>
+    benchResult({ suite: 'decode', name: `a token of the base model, f16, ${name}`, value, unit, note });
+  of(wall, 'ms', 'wall clock');
+  of((user + system) / 1000 / count, 'ms', 'processor time of all cores');
+  of((device.stats().dispatches - before) / count, 'dispatches', 'counted');
 }
 
-console.log(device.info.description || `${device.info.vendor} ${device.info.device}`);
 for (const drawing of [false, true]) {
   const how = drawing ? 'drawn, top p 0.9' : 'greedy';
   await measure(`plain, ${how}`, () => plain(drawing));

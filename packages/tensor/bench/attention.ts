@@ -8,7 +8,6 @@ import {
   add,
   attention,
   type Device,
-  leastTime,
   linear,
   matmul,
   openDevice,
@@ -19,7 +18,7 @@ import {
   sum,
   type Tensor,
 } from '@lorikeet/tensor';
-import { benchClock, benchResult, valueAndGrad } from '@lorikeet/testing';
+import { benchResult, benchTime, valueAndGrad } from '@lorikeet/testing';
 
 const suite = 'attention';
 const [H, G, D] = [32, 8, 128];
@@ -37,7 +36,7 @@ function peakOf(device: Device, fn: () => void): number {
 const mebibytes = (bytes: number): number => bytes / 2 ** 20;
 
 const device = await openDevice();
-const options = { now: benchClock(device), samples: 2, milliseconds: 20 };
+const options = { samples: 2, milliseconds: 20 };
 
 // A head's products over the pairs that causality leaves: 2 forward; backward 3 for dQ and 4 for dK and dV.
 const product = T * (T + 1) * D * H;
@@ -47,8 +46,8 @@ const [q, k, v] = [tensor([1, T, H, D]), tensor([1, T, G, D]), tensor([1, T, G, 
 const spans = device.fromArray([0, T], [1, 2], 'i32');
 const forward = (): void => scope(() => void attention(q, k, v, spans));
 const flash = (): void => scope(() => void valueAndGrad(() => sum(attention(q, k, v, spans)), [q, k, v]));
-const forwardTime = await leastTime(device, forward, options);
-const flashTime = await leastTime(device, flash, options);
+const forwardTime = await benchTime(device, forward, options);
+const flashTime = await benchTime(device, flash, options);
 const shape = `T ${T}, ${H} heads of ${D} over ${G}, f16`;
 const rate = (name: string, products: number, ms: number): void =>
   benchResult({ suite, name: `${name}, ${shape}`, value: (products * product) / ms / 1e6, unit: 'GFLOP/s' });
@@ -86,7 +85,7 @@ const plain = (): void =>
       groups.flatMap((x) => [x.q, x.k, x.v]),
     );
   });
-const plainTime = await leastTime(device, plain, { ...options, samples: 1 });
+const plainTime = await benchTime(device, plain, { ...options, samples: 1 });
 benchResult({ suite, name: `plain twin forward + backward, ${shape}`, value: plainTime, unit: 'ms' });
 benchResult({ suite, name: 'plain twin / flash, time', value: plainTime / flashTime, unit: 'times' });
 const plainPeak = peakOf(device, plain);

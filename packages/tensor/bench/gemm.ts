@@ -10,18 +10,16 @@ import {
   gemmTiers,
   type GemmTier,
   keep,
-  leastTime,
   measurePeak,
   openDevice,
   quantize,
   scope,
   setGemmChoice,
 } from '@lorikeet/tensor';
-import { benchClock, benchResult } from '@lorikeet/testing';
+import { benchClock, benchResult, benchTime } from '@lorikeet/testing';
 
 const device = await openDevice();
-const now = benchClock(device);
-const { gflops: peak } = await measurePeak(device, { now });
+const { gflops: peak } = await measurePeak(device, { now: benchClock(device) });
 benchResult({ suite: 'gemm', name: 'fma in f32 registers', value: peak, unit: 'GFLOP/s' });
 
 /** Which product of a linear layer: forward, the input's gradient, the weight's. */
@@ -50,7 +48,7 @@ async function measure(dtype: DType, kind: Kind, layer: Layer, rank = 0, label =
   const b = device.zeros(kind === 'nt' ? [n, Math.max(1, rank)] : [Math.max(1, rank), n]);
   const tail = rank > 0 ? { tail: { a, b } } : {};
   const run = (): void => gemm(x, w, out, { transA: kind === 'tn', transB: kind === 'nt', ...tail });
-  const took = await leastTime(device, run, { now, samples: 4, milliseconds: 60 });
+  const took = await benchTime(device, run, { samples: 4, milliseconds: 60 });
   for (const t of new Set([x, float, w, out, a, b])) t.dispose();
   const value = (2 * m * n * (k + rank)) / took / 1e6;
   const name = `${label}${dtype} ${kind} ${m}x${n}x${k}${rank > 0 ? `, tail of ${rank}` : ''}`;

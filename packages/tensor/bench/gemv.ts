@@ -4,11 +4,9 @@
  * `node packages/tensor/bench/run.mjs packages/tensor/bench/gemv.ts`
  */
 import { defineKernel, gemv, keep, openDevice, quantize, scope, type Tensor } from '@lorikeet/tensor';
-import { Bench } from 'tinybench';
+import { benchResult, benchTime } from '@lorikeet/testing';
 
 const device = await openDevice();
-const software =
-  device.info.fallback || /llvmpipe|swiftshader/i.test(`${device.info.description} ${device.info.device}`);
 const [n, k] = [4096, 4096];
 const naive = defineKernel({
   name: 'naive_gemv',
@@ -27,26 +25,10 @@ fn kernel(group: u32, lane: u32) {
 
 const values = (count: number): Float32Array =>
   Float32Array.from({ length: count }, (_, i) => ((i * 7919) % 1000) / 1000 - 0.5);
-const cpu = (): number => {
-  const { user, system } = process.cpuUsage();
-  return (user + system) / 2000;
-};
-// Without tinybench's warm-up the first run, which compiles, would count.
-const bench = new Bench({
-  iterations: 5,
-  time: 0,
-  warmupIterations: 1,
-  warmupTime: 0,
-  now: software ? cpu : () => performance.now(),
-});
-const times = 8;
-const work = new Map<string, { readonly flops: number; readonly bytes: number }>();
-function add(name: string, rows: number, w: Tensor, fn: () => void): void {
-  work.set(name, { flops: times * 2 * rows * n * k, bytes: times * w.bytes });
-  bench.add(name, async () => {
-    for (let i = 0; i < times; i++) fn();
-    await device.idle();
-  });
+async function measure(name: string, rows: number, w: Tensor, run: () => void): Promise<void> {
+  const ms = await benchTime(device, run);
+  const note = `${(w.bytes / ms / 1e6).toFixed(1)} GB/s of weights`;
+  benchResult({ suite: 'gemv', name, value: (2 * rows * n * k) / ms / 1e6, unit: 'GFLOP/s', note });
 }
 
 const f32 = device.fromArray(values(n * k), [n, k], 'f32');
@@ -59,24 +41,15 @@ const plainOut = device.empty([1, n], 'f32');
 const plainX = device.fromArray(values(k), [1, k], 'f32');
 for (const [dtype, w] of Object.entries(weights)) {
   if (dtype !== 'nf4') {
-    add(`naive ${dtype} 1 row`, 1, w, () => {
+    await measure(`naive ${dtype} ${n}x${k}, 1 row`, 1, w, () => {
       device.dispatch(naive, { x: plainX, w, o: plainOut }, { n, k }, n / 64, { flops: 2 * n * k });
     });
   }
   for (const rows of [1, 2, 4, 8]) {
     const x = device.fromArray(values(rows * k), [rows, k], dtype === 'f32' ? 'f32' : 'f16');
     const out = device.empty([rows, n], x.dtype);
-    add(`gemv ${dtype} ${rows} row${rows > 1 ? 's' : ''}`, rows, w, () => {
+    await measure(`gemv ${dtype} ${n}x${k}, ${rows} row${rows > 1 ? 's' : ''}`, rows, w, () => {
       gemv(x, w, out);
     });
   }
-}
-console.log(device.info.description || `${device.info.vendor} ${device.info.device}`);
-await bench.run();
-for (const task of bench.tasks) {
-  const { result } = task;
-  if (result.state !== 'completed') throw new Error(`${task.name}: ${result.state}`);
-  const { flops, bytes } = work.get(task.name) ?? { flops: 0, bytes: 0 };
-  const rate = (amount: number): string => (amount / result.latency.min / 1e6).toFixed(1).padStart(7);
-  console.log(`${task.name.padEnd(20)} ${rate(flops)} GFLOP/s ${rate(bytes)} GB/s of weights`);
 }

@@ -1,6 +1,7 @@
 /** What benches share: the clock, and results that people and programs can read. */
 import { appendFileSync } from 'node:fs';
 import type { Device } from '@lorikeet/tensor';
+import { Bench } from 'tinybench';
 
 /** One figure of a bench. */
 export interface BenchResult {
@@ -40,4 +41,36 @@ export function processorTime(): number {
 /** The clock that tells most: processor time on a software device, which other work does not disturb, else the wall clock. */
 export function benchClock(device: Device): () => number {
   return isSoftware(device) ? processorTime : () => performance.now();
+}
+
+/**
+ * Least time in ms of one `record()`, which only records work for the device: it runs so often in a sample that waiting for
+ * the device does not count. The first run, which compiles, is not measured.
+ */
+export async function benchTime(
+  device: Device,
+  record: () => void,
+  options: { readonly samples?: number; readonly milliseconds?: number } = {},
+): Promise<number> {
+  const { samples = 5, milliseconds = 40 } = options;
+  const now = benchClock(device);
+  let runs = 1;
+  const sample = async (): Promise<void> => {
+    for (let i = 0; i < runs; i++) record();
+    await device.idle();
+  };
+  await sample();
+  for (;;) {
+    const start = now();
+    await sample();
+    const took = now() - start;
+    if (took >= milliseconds || runs >= 4096) break;
+    runs = Math.ceil(runs * Math.min(8, Math.max(2, milliseconds / Math.max(took, 0.01))));
+  }
+  const bench = new Bench({ iterations: samples, time: 0, warmup: false, now });
+  bench.add('sample', sample);
+  await bench.run();
+  const { result } = bench.tasks[0];
+  if (result.state !== 'completed') throw new Error(`the bench ended as ${result.state}`);
+  return result.latency.min / runs;
 }
