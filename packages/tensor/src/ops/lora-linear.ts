@@ -1,10 +1,9 @@
 /** A linear layer with a low-rank update beside its weight. Hu et al., "LoRA", 2021. */
 import type { DType } from '../dtype.js';
 import { defineOp, type Op } from '../op.js';
-import { scope } from '../scope.js';
 import type { Tensor } from '../tensor.js';
 import { gemm } from '../wgsl/gemm.js';
-import { addDropped, checkDropout, type DropoutOptions, dropped } from './dropout.js';
+import { checkDropout, type DropoutOptions } from './dropout.js';
 
 /** Options of `loraLinear`. */
 export interface LoraLinearOptions {
@@ -33,7 +32,7 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
     const device = x.device;
     // The scale is in xa, so that the update goes on in the sums of the base product.
     const xa = device.empty([x.rows, a.shape[0]], 'f32');
-    gemm(dropout === undefined ? x : dropped(x, dropout, 'f32'), a, xa, { transB: true, alpha: scale });
+    gemm(x, a, xa, { transB: true, alpha: scale, dropout: dropout && { ...dropout, of: 'a' } });
     // Under a checkpoint y may not be needed again, but xa is.
     const y = wanted[0] ? device.empty(shapes[0], dtype) : device.placeholder(shapes[0], dtype);
     if (wanted[0]) gemm(x, w, y, { transB: true, tail: { a: xa, b } });
@@ -68,14 +67,9 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
       gemm(dy, x, dw, { transA: true });
     }
     if (needs[2] && x !== undefined && g !== undefined) {
-      const [bottleneck, sum] = [g, into[2] ?? grad(2)];
-      da = sum;
-      scope(() =>
-        gemm(bottleneck, dropout === undefined ? x : dropped(x, dropout, 'f32'), sum, {
-          transA: true,
-          accumulate: into[2] !== undefined,
-        }),
-      );
+      da = into[2] ?? grad(2);
+      const mask = dropout && ({ ...dropout, of: 'b' } as const);
+      gemm(g, x, da, { transA: true, accumulate: into[2] !== undefined, dropout: mask });
     }
     if (needs[3] && xa !== undefined) {
       db = into[3] ?? grad(3);
@@ -86,10 +80,9 @@ export const loraLinearOp: Op<Attrs> = defineOp<Attrs>({
       dx = x !== undefined && spare[0] ? x : grad(0);
       if (dropout === undefined) gemm(dy, w, dx, { tail: { a: g, b: a } });
       else {
+        // The mask is of the update's part alone, which therefore cannot go on in the same sums.
         gemm(dy, w, dx);
-        const through = device.empty(shapes[0], 'f32');
-        gemm(g, a, through);
-        dx = addDropped(dx, through, dropout);
+        gemm(g, a, dx, { accumulate: true, dropout: { ...dropout, of: 'out' } });
       }
     }
     return [dx, dw, da, db];

@@ -9,6 +9,7 @@
  */
 import { defineKernel, type Kernel } from '../kernel.js';
 import {
+  functionsOf,
   type GemmVariant,
   interfaceOf,
   lines,
@@ -17,6 +18,7 @@ import {
   range,
   slices,
   store,
+  storeRows,
   suffix,
   tailProduct,
   tileOfGroup,
@@ -162,8 +164,13 @@ function body(variant: GemmVariant, shape: BroadcastShape): string {
     : `if (j >= P.columns) { return; }
   let at = (P.from_o + batch * P.batch_o + i0 * P.ldo + j) / 4u;
   let step = P.ldo / 4u;
-  ${lines(tile, (r) => `if (i0 + ${r}u < P.m) ${store(`${sum}${r}`, `at + ${r}u * step`, 'j')}`)}`;
-  return `
+  ${storeRows(
+    variant,
+    tile,
+    (r) => `${sum}${r}`,
+    (sums, r) => `if (i0 + ${r} < P.m) ${store(sums, `at + ${r} * step`, 'j')}`,
+  )}`;
+  return `${functionsOf(variant)}
 fn kernel(group: u32, lane: u32) {
   ${tileOfGroup}
   let i0 = tile_m * ${tile}u;
@@ -174,10 +181,10 @@ fn kernel(group: u32, lane: u32) {
       ? `for (var slice = 0u; slice < ${slices}u; slice++) {
     let begin = min(slice * P.slice, P.k);
     let end = min(begin + P.slice, P.k);
-    ${steps(mainProduct, variant, shape, 'begin', 'end')}
+    ${steps(mainProduct(variant), variant, shape, 'begin', 'end')}
     ${close}
   }`
-      : steps(mainProduct, variant, shape, '0u', 'P.k')
+      : steps(mainProduct(variant), variant, shape, '0u', 'P.k')
   }
   ${tail ? steps(tailProduct, variant, { ...shape, scaled: false }, '0u', 'P.k2') : ''}
   ${tail && sliced ? close : ''}

@@ -7,6 +7,7 @@
  */
 import { defineKernel, type Kernel } from '../kernel.js';
 import {
+  functionsOf,
   type GemmVariant,
   interfaceOf,
   lines,
@@ -15,6 +16,7 @@ import {
   range,
   slices,
   store,
+  storeRows,
   suffix,
   tailProduct,
   tileOfGroup,
@@ -80,22 +82,27 @@ function steps(
 
 const sums = (rows: number): string => lines(rows, (r) => `var s${r} = vec4<f32>(0.0);`);
 
-const directBody = (variant: GemmVariant): string => `
+const directBody = (variant: GemmVariant): string => `${functionsOf(variant)}
 fn kernel(group: u32, lane: u32) {
   ${tileOfGroup}
   let i = tile_m * 64u + (lane / 8u) * 8u;
   let j = tile_n * 32u + (lane % 8u) * 4u;
   ${sums(8)}
-  ${steps(mainProduct, variant, 8, '0u', 'P.k')}
+  ${steps(mainProduct(variant), variant, 8, '0u', 'P.k')}
   ${variant.tail ? steps(tailProduct, variant, 8, '0u', 'P.k2') : ''}
   if (j >= P.columns) { return; }
   let at = (P.from_o + batch * P.batch_o + i * P.ldo + j) / 4u;
   let step = P.ldo / 4u;
-  ${lines(8, (r) => `if (i + ${r}u < P.m) ${store(`s${r}`, `at + ${r}u * step`, 'j')}`)}
+  ${storeRows(
+    variant,
+    8,
+    (r) => `s${r}`,
+    (sums, r) => `if (i + ${r} < P.m) ${store(sums, `at + ${r} * step`, 'j')}`,
+  )}
 }`;
 
 // 16 KiB, the least that every device has: partial[slice][row][column / 4].
-const slicedBody = (variant: GemmVariant): string => `
+const slicedBody = (variant: GemmVariant): string => `${functionsOf(variant)}
 var<workgroup> partial: array<vec4<f32>, ${slices * 64}>;
 fn kernel(group: u32, lane: u32) {
   ${tileOfGroup}
@@ -108,7 +115,7 @@ fn kernel(group: u32, lane: u32) {
     let i = tile_m * 16u + ti * 4u;
     let j = tile_n * 16u + tj * 4u;
     ${sums(4)}
-    ${steps(mainProduct, variant, 4, 'begin', 'end')}
+    ${steps(mainProduct(variant), variant, 4, 'begin', 'end')}
     ${lines(4, (r) => `partial[slice * 64u + (ti * 4u + ${r}u) * 4u + tj] = s${r};`)}
   }
   workgroupBarrier();

@@ -1,5 +1,6 @@
 /** What the tiers of the matrix product share: parameters, bindings, the order of the workgroups, and the store. */
 import type { Binding, KernelSpec } from '../kernel.js';
+import { maskInterface, maskSource } from './dropout-mask.js';
 
 /** What keys a kernel of a tier. */
 export interface GemmVariant {
@@ -11,6 +12,8 @@ export interface GemmVariant {
   readonly tail: boolean;
   /** K in `slices` parts, each summed by itself; see gemm.ts. */
   readonly sliced: boolean;
+  /** An operand, or the product, is masked by a dropout; `counted`: the step of which a tensor holds. */
+  readonly dropout: { readonly of: 'a' | 'b' | 'out'; readonly counted: boolean } | undefined;
 }
 
 /** Parts of K of a sliced product. */
@@ -24,8 +27,9 @@ export const lines = (n: number, text: (i: number) => string): string => range(n
 export const xyzw = ['x', 'y', 'z', 'w'] as const;
 
 /** Letters of a variant, for the kernel's name: `nt`, `nn_tail`, ... */
-export function suffix({ transA, transB, tail, sliced }: GemmVariant): string {
-  return `${transA ? 't' : 'n'}${transB ? 't' : 'n'}${tail ? '_tail' : ''}${sliced ? '_sliced' : ''}`;
+export function suffix({ transA, transB, tail, sliced, dropout }: GemmVariant): string {
+  const drop = dropout === undefined ? '' : `_drop_${dropout.of}${dropout.counted ? '_counted' : ''}`;
+  return `${transA ? 't' : 'n'}${transB ? 't' : 'n'}${tail ? '_tail' : ''}${sliced ? '_sliced' : ''}${drop}`;
 }
 
 const params = {
@@ -54,11 +58,16 @@ const params = {
 const tailParams = { k2: 'u32', lda2: 'u32', ldb2: 'u32', from_a2: 'u32', from_b2: 'u32' } as const;
 
 /** Bindings, parameters and constants of a variant. */
-export function interfaceOf({ tail }: GemmVariant): Pick<KernelSpec, 'bindings' | 'params' | 'constants'> {
+export function interfaceOf({ tail, dropout }: GemmVariant): Pick<KernelSpec, 'bindings' | 'params' | 'constants'> {
+  const mask = dropout && maskInterface(dropout.counted);
   const bindings: Record<string, Binding> = tail
-    ? { a: 'read', b: 'read', a2: 'read', b2: 'read', o: 'update' }
-    : { a: 'read', b: 'read', o: 'update' };
-  return { bindings, params: tail ? { ...params, ...tailParams } : params, constants: { ACCUMULATE: 0 } };
+    ? { a: 'read', b: 'read', a2: 'read', b2: 'read', ...mask?.bindings, o: 'update' }
+    : { a: 'read', b: 'read', ...mask?.bindings, o: 'update' };
+  return {
+    bindings,
+    params: { ...params, ...(tail ? tailParams : {}), ...mask?.params },
+    constants: { ACCUMULATE: 0, ...mask?.constants },
+  };
 }
 
 /** One of the two products of a kernel: its operands, and the WGSL of their sizes. */
@@ -73,15 +82,16 @@ export interface Product {
   readonly startB: string;
 }
 
-export const mainProduct: Product = {
-  a: 'a',
-  b: 'b',
+/** The first product: a masked operand is read through `dropped_load4`. */
+export const mainProduct = ({ dropout }: GemmVariant): Product => ({
+  a: dropout?.of === 'a' ? 'dropped' : 'a',
+  b: dropout?.of === 'b' ? 'dropped' : 'b',
   k: 'P.k',
   lda: 'P.lda',
   ldb: 'P.ldb',
   startA: '(P.from_a + batch * P.batch_a)',
   startB: '(P.from_b + batch * P.batch_b)',
-};
+});
 
 export const tailProduct: Product = {
   a: 'a2',
@@ -106,9 +116,34 @@ export const tileOfGroup = `
   let tile_m = band * 8u + in_band % band_rows;
   let tile_n = in_band / band_rows;`;
 
+/** Functions that the body of a variant calls: `dropped_load4` of the masked operand, and `put4`, which stores sums. */
+export function functionsOf({ dropout }: GemmVariant): string {
+  const of = dropout?.of;
+  const product = 'P.alpha * sums';
+  return `${dropout === undefined ? '' : maskSource(dropout.counted)}
+${of === 'a' || of === 'b' ? `fn dropped_load4(at: u32) -> vec4<f32> { return drop4(at, P.ld${of}, ${of}_load4(at)); }` : ''}
+fn put4(at: u32, sums: vec4<f32>, column: u32, columns: u32) {
+  var value = ${of === 'out' ? `drop4(at, P.ldo, ${product})` : product};
+  if (ACCUMULATE == 1u) { value = ${of === 'out' ? 'o_load4(at) + value' : 'fma(vec4<f32>(P.alpha), sums, o_load4(at))'}; }
+  o_store4(at, mask4(value, column, columns));
+}`;
+}
+
 /** Stores a vec4 of sums at item `at` of out, whose first column is `column` of `columns`. */
-export const store = (sums: string, at: string, column: string, columns = 'P.n'): string => `{
-    let sums_ = ${sums};
-    var value_ = P.alpha * sums_;
-    if (ACCUMULATE == 1u) { value_ = fma(vec4<f32>(P.alpha), sums_, o_load4(${at})); }
-    o_store4(${at}, mask4(value_, ${column}, ${columns})); }`;
+export const store = (sums: string, at: string, column: string, columns = 'P.n'): string =>
+  `{ put4(${at}, ${sums}, ${column}, ${columns}); }`;
+
+/**
+ * Stores `rows` rows of sums: `put` gives the text for one, of its sums and the WGSL of its index. Masked ones in a loop:
+ * a mask is long, and compiled once for each store.
+ */
+export function storeRows(
+  { dropout }: GemmVariant,
+  rows: number,
+  sums: (row: number) => string,
+  put: (sums: string, row: string) => string,
+): string {
+  if (dropout?.of !== 'out') return lines(rows, (r) => put(sums(r), `${r}u`));
+  return `{ var rows_ = array<vec4<f32>, ${rows}>(${range(rows).map(sums).join(', ')});
+    for (var r = 0u; r < ${rows}u; r++) { ${put('rows_[r]', 'r')} } }`;
+}

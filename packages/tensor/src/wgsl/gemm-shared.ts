@@ -4,12 +4,14 @@
  */
 import { defineKernel, type Kernel } from '../kernel.js';
 import {
+  functionsOf,
   type GemmVariant,
   interfaceOf,
   lines,
   mainProduct,
   type Product,
   store,
+  storeRows,
   suffix,
   tailProduct,
   tileOfGroup,
@@ -69,7 +71,7 @@ function steps(product: Product, { transA, transB }: GemmVariant, tile: SharedTi
 
 function body(variant: GemmVariant, tile: SharedTile): string {
   const parts = tile / 64;
-  return `
+  return `${functionsOf(variant)}
 var<workgroup> tile_a: array<vec4<f32>, 512>;
 var<workgroup> tile_b: array<vec4<f32>, 512>;
 fn kernel(group: u32, lane: u32) {
@@ -77,7 +79,7 @@ fn kernel(group: u32, lane: u32) {
   let i0 = tile_m * ${tile}u;
   let j0 = tile_n * ${tile}u;
   ${lines(4 * parts, (r) => lines(parts, (c) => `var s${r}_${c} = vec4<f32>(0.0);`))}
-  ${steps(mainProduct, variant, tile)}
+  ${steps(mainProduct(variant), variant, tile)}
   ${variant.tail ? steps(tailProduct, variant, tile) : ''}
   let i = i0 + (lane / 16u) * 4u;
   let j = j0 + (lane % 16u) * 4u;
@@ -85,10 +87,15 @@ fn kernel(group: u32, lane: u32) {
   ${lines(
     parts,
     (c) => `if (j + ${64 * c}u < P.columns) {
-    ${lines(4 * parts, (r) => {
-      const row = 64 * (r >> 2) + (r & 3);
-      return `if (i + ${row}u < P.m) ${store(`s${r}_${c}`, `at + (${row}u * P.ldo + ${64 * c}u) / 4u`, `j + ${64 * c}u`)}`;
-    })} }`,
+    ${storeRows(
+      variant,
+      4 * parts,
+      (r) => `s${r}_${c}`,
+      (sums, r) => {
+        const row = `64u * (${r} >> 2u) + (${r} & 3u)`;
+        return `if (i + ${row} < P.m) ${store(sums, `at + ((${row}) * P.ldo + ${64 * c}u) / 4u`, `j + ${64 * c}u`)}`;
+      },
+    )} }`,
   )}
 }`;
 }

@@ -3,6 +3,7 @@ import { expect, it } from 'vitest';
 import { planDevice } from '../device.js';
 import { type DType, f16Bits, f16Value } from '../dtype.js';
 import { ShapeError } from '../errors.js';
+import { dropoutMaskReference } from '../ops/dropout.js';
 import { quantize } from '../quantized.js';
 import { own, scope } from '../scope.js';
 import { Tensor } from '../tensor.js';
@@ -33,7 +34,11 @@ interface Case {
   readonly dtype: DType;
   /** b is NF4. */
   readonly quantized?: boolean;
+  /** What is masked. */
+  readonly dropout?: 'a' | 'b' | 'out';
 }
+
+const drop = { p: 0.4, seed: 7 + 2 ** 40, stream: 3, step: 5 };
 
 async function product(c: Case, tier: GemmTier): Promise<{ found: number[]; expected: number[] }> {
   const {
@@ -47,6 +52,7 @@ async function product(c: Case, tier: GemmTier): Promise<{ found: number[]; expe
     accumulate = false,
     dtype,
     quantized = false,
+    dropout,
   } = c;
   const before = gemmChoice(device);
   setGemmChoice(device, { large: tier, small: tier, sliced: tier });
@@ -81,21 +87,32 @@ async function product(c: Case, tier: GemmTier): Promise<{ found: number[]; expe
     alpha: 0.5,
     batched: batch > 1,
     ...(k2 > 0 ? { tail: { a: a2, b: b2 } } : {}),
+    dropout: dropout && { ...drop, of: dropout },
   };
   gemm(a, b, out, options);
   setGemmChoice(device, before);
   const found = Array.from(await out.read());
   for (const x of new Set([...made, out])) x.dispose();
   const expected = Array.from(hostOut);
+  const maskOf = (of: 'a' | 'b' | 'out', size: number): Float64Array =>
+    dropout === of ? dropoutMaskReference(size, drop) : new Float64Array(size).fill(1);
+  const [maskA, maskB, maskOut] = [
+    maskOf('a', m * k * batch),
+    maskOf('b', k * n * batch),
+    maskOf('out', m * n * batch),
+  ];
   for (let q = 0; q < batch; q++)
     for (let i = 0; i < m; i++)
       for (let j = 0; j < n; j++) {
         let sum = 0;
-        for (let l = 0; l < k; l++)
-          sum +=
-            hostA[q * m * k + (transA ? l * m + i : i * k + l)] * hostB[q * n * k + (transB ? j * k + l : l * n + j)];
+        for (let l = 0; l < k; l++) {
+          const atA = q * m * k + (transA ? l * m + i : i * k + l);
+          const atB = q * n * k + (transB ? j * k + l : l * n + j);
+          sum += hostA[atA] * maskA[atA] * (hostB[atB] * maskB[atB]);
+        }
         for (let l = 0; l < k2; l++) sum += hostA2[i * k2 + l] * hostB2[transB ? j * k2 + l : l * n + j];
-        expected[(q * m + i) * n + j] += 0.5 * sum;
+        const at = (q * m + i) * n + j;
+        expected[at] += 0.5 * sum * maskOut[at];
       }
   return { found, expected };
 }
@@ -116,6 +133,9 @@ const cases: readonly Case[] = [
   { dtype: 'f16', m: 5, n: 20, k: 9, batch: 3 },
   { dtype: 'f16', m: 35, n: 42, k: 40, quantized: true, ...nt },
   { dtype: 'f16', m: 35, n: 40, k: 43, quantized: true },
+  { dtype: 'f16', m: 35, n: 20, k: 43, dropout: 'a', ...nt },
+  { dtype: 'f16', m: 13, n: 45, k: 35, dropout: 'b', ...tn },
+  { dtype: 'f16', m: 70, n: 45, k: 6, dropout: 'out', accumulate: true },
 ];
 
 // Of these the direct tier's kernel serves the shared ones too.
@@ -123,6 +143,8 @@ const slicedCases: readonly Case[] = [
   { dtype: 'f16', m: 37, n: 13, k: 530, accumulate: true, ...nt },
   { dtype: 'f16', m: 3, n: 37, k: 530, k2: 6 },
   { dtype: 'f16', m: 13, n: 70, k: 530, ...tn },
+  { dtype: 'f16', m: 37, n: 13, k: 536, dropout: 'a', ...nt },
+  { dtype: 'f16', m: 13, n: 70, k: 530, dropout: 'b', ...tn },
 ];
 
 it.each([...cases, ...slicedCases])('is right, and the same bits in every tier: %o', async (c) => {
@@ -143,6 +165,10 @@ it('refuses shapes that do not fit, and tiers that the device lacks', () => {
     expect(() => gemm(x, device.zeros([4, 9]), out, { transB: true })).toThrow(ShapeError);
     const tail = { a: device.zeros([4, 2]), b: device.zeros([4, 3]) };
     expect(() => gemm(x, device.zeros([4, 8]), out, { transB: true, tail })).toThrow('a tail of [4, 2] times [3, 4]');
+    const fits = { a: device.zeros([4, 2]), b: device.zeros([4, 2]) };
+    expect(() =>
+      gemm(x, device.zeros([4, 8]), out, { transB: true, tail: fits, dropout: { ...drop, of: 'a' } }),
+    ).toThrow('dropout is neither for a batch nor with a tail');
   });
   const plan = planDevice();
   const tiers = { large: 'shared64', small: 'direct', sliced: 'broadcast' } as const;

@@ -11,6 +11,9 @@
  * changes no bit: gemm-choice.ts says which. Row padding is zero, so a reduction along the last axis of both operands
  * may run into it.
  *
+ * A dropout of an operand or of the product (dropout-mask.ts) is part of the kernel, in every tier: nothing of x's size is
+ * written for it. A mask is computed where it is loaded, so the direct tier does that in several threads (4 in its sliced form).
+ *
  * Plain products of up to 8 rows with a large matrix that is stored [N, K] are gemv.ts's, which has its own order.
  *
  * A `b` in parts by rows (see `Tensor.parts`): with transB each part gives columns of out; else each is a stretch of K, two
@@ -20,6 +23,7 @@ import { isQuantized } from '../dtype.js';
 import { DeviceError, ShapeError } from '../errors.js';
 import { defineKernel, type Kernel } from '../kernel.js';
 import type { Tensor } from '../tensor.js';
+import { type DropoutOptions, maskArguments } from './dropout-mask.js';
 import { broadcastKernel } from './gemm-broadcast.js';
 import { type GemmClass, gemmChoice, type GemmTier } from './gemm-choice.js';
 import { directKernel } from './gemm-direct.js';
@@ -31,6 +35,15 @@ import { gemv, isFew } from './gemv.js';
 export interface GemmTail {
   readonly a: Tensor;
   readonly b: Tensor;
+}
+
+/**
+ * A dropout in a product. Masked operands are rounded as if `dropout` had written them in f32; that no bit differs from
+ * a product with such a copy. A masked product is alpha times the sums, masked, then added to what is in `out`.
+ */
+export interface GemmDropout extends DropoutOptions {
+  /** What is masked; elements are counted in this matrix as it is stored. */
+  readonly of: 'a' | 'b' | 'out';
 }
 
 /** Arguments of `gemm`. */
@@ -47,6 +60,8 @@ export interface GemmOptions {
   readonly batched?: boolean;
   /** Adds this product to the same sums. Not with `transA` or `batched`. */
   readonly tail?: GemmTail;
+  /** Masks an operand, or the product. Not with `batched`, `tail`, or a b in parts. */
+  readonly dropout?: GemmDropout | undefined;
 }
 
 /** True where K is summed in slices: too few elements of out to fill a device, and a K that is worth it. */
@@ -79,17 +94,23 @@ interface Chosen {
   readonly swapped: boolean;
 }
 
+/** The variant of the transposed product: a and b change places. */
+function exchanged({ transA, transB, dropout, ...rest }: GemmVariant): GemmVariant {
+  const of = dropout?.of === 'a' ? 'b' : 'a';
+  return { ...rest, transA: !transB, transB: !transA, dropout: dropout && { ...dropout, of } };
+}
+
 function choose(tier: GemmTier, variant: GemmVariant, m: number, n: number, lanes: number, quantized: boolean): Chosen {
   const key = suffix(variant);
   if (tier === 'broadcast') {
     // Lanes own four columns each: with few columns rows do better, and out is stored transposed.
-    const swapped = !variant.tail && n <= 16 && m > n;
+    const swapped = !variant.tail && variant.dropout?.of !== 'out' && n <= 16 && m > n;
     const rows = swapped ? n : m;
     // A smaller tile wastes less of a product with few rows.
     const tile = Math.max(lanes, rows <= 8 ? 8 : rows <= 16 ? 16 : 32);
     const scaled = quantized && !swapped && !variant.transA;
     const shape = { lanes, tile, swapped, scaled };
-    const oriented = swapped ? { ...variant, transA: !variant.transB, transB: !variant.transA } : variant;
+    const oriented = swapped ? exchanged(variant) : variant;
     const kernel = kernelOf(`broadcast ${lanes} ${tile} ${swapped} ${scaled} ${key}`, () =>
       broadcastKernel(oriented, shape),
     );
@@ -126,13 +147,21 @@ interface Call {
   readonly tail:
     | { readonly a: Tensor; readonly b: Tensor; readonly k: number; readonly fromA: number; readonly fromB: number }
     | undefined;
+  readonly dropout: GemmDropout | undefined;
   readonly kind: GemmClass;
 }
 
 function dispatch(a: Tensor, b: Tensor, out: Tensor, call: Call): void {
   const { device } = out;
-  const { transA, transB, sliced, tail, m, n, k, batches } = call;
-  const variant: GemmVariant = { transA, transB, tail: tail !== undefined, sliced };
+  const { transA, transB, sliced, tail, dropout, m, n, k, batches } = call;
+  const variant: GemmVariant = {
+    transA,
+    transB,
+    tail: tail !== undefined,
+    sliced,
+    dropout: dropout && { of: dropout.of, counted: dropout.counter !== undefined },
+  };
+  const mask = dropout && maskArguments({ a, b, out }[dropout.of], dropout);
   const { kernel, rows, columns, swapped } = choose(
     gemmChoice(device)[call.kind],
     variant,
@@ -144,10 +173,9 @@ function dispatch(a: Tensor, b: Tensor, out: Tensor, call: Call): void {
   const [first, second] = swapped ? [b, a] : [a, b];
   const [tilesM, tilesN] = [Math.ceil((swapped ? n : m) / rows), Math.ceil((swapped ? m : n) / columns)];
   const stride = (x: Tensor): number => (x.rows / batches) * x.pitch;
-  const operands = { a: first, b: second, o: out };
   device.dispatch(
     kernel,
-    tail === undefined ? operands : { ...operands, a2: tail.a, b2: tail.b },
+    { a: first, b: second, ...(tail === undefined ? {} : { a2: tail.a, b2: tail.b }), ...mask?.tensors, o: out },
     {
       m: swapped ? n : m,
       n: swapped ? m : n,
@@ -169,9 +197,13 @@ function dispatch(a: Tensor, b: Tensor, out: Tensor, call: Call): void {
       ...(tail === undefined
         ? {}
         : { k2: tail.k, lda2: tail.a.pitch, ldb2: tail.b.pitch, from_a2: tail.fromA, from_b2: tail.fromB }),
+      ...mask?.values,
     },
     tilesM * tilesN * batches,
-    { constants: call.accumulate ? { ACCUMULATE: 1 } : {}, flops: 2 * m * n * (k + (tail?.k ?? 0)) * batches },
+    {
+      constants: { ...(call.accumulate ? { ACCUMULATE: 1 } : {}), ...mask?.constants },
+      flops: 2 * m * n * (k + (tail?.k ?? 0)) * batches,
+    },
   );
 }
 
@@ -180,7 +212,7 @@ function dispatch(a: Tensor, b: Tensor, out: Tensor, call: Call): void {
  * @throws ShapeError when the shapes do not fit
  */
 export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {}): void {
-  const { transA = false, transB = false, alpha = 1, accumulate = false, batched = false, tail } = options;
+  const { transA = false, transB = false, alpha = 1, accumulate = false, batched = false, tail, dropout } = options;
   const rows = (x: Tensor): number => (batched ? x.shape[x.shape.length - 2] : x.rows);
   const [m, k] = transA ? [a.columns, rows(a)] : [rows(a), a.columns];
   const [n, kb] = transB ? [rows(b), b.columns] : [b.columns, rows(b)];
@@ -197,7 +229,11 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
       );
     }
   }
-  const plain = transB && !transA && !batched && !accumulate && alpha === 1 && tail === undefined;
+  if (dropout !== undefined && (batched || tail !== undefined || b.parts.length > 1)) {
+    throw new ShapeError('gemm: dropout is neither for a batch nor with a tail, nor for a b in parts');
+  }
+  const plain =
+    transB && !transA && !batched && !accumulate && alpha === 1 && tail === undefined && dropout === undefined;
   if (plain && isFew(m, n, k)) return gemv(a, b, out);
   const call = {
     m,
@@ -214,6 +250,7 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
     fromA: 0,
     fromOut: 0,
     tail: tail && { a: tail.a, b: tail.b, k: k2, fromA: 0, fromB: 0 },
+    dropout,
   };
   const { parts } = b;
   if (parts.length === 1) return dispatch(a, b, out, call);
