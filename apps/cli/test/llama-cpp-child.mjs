@@ -2,7 +2,7 @@
  * Runs llama.cpp on the CPU in a process of its own: a file that it does not like can end the process. Reads one JSON
  * object from the first argument, prints one.
  */
-import { getLlama } from 'node-llama-cpp';
+import { getLlama, LlamaLogLevel } from 'node-llama-cpp';
 
 /**
  * @typedef {{
@@ -13,7 +13,7 @@ import { getLlama } from 'node-llama-cpp';
 /** @type {Request} */
 const { model: modelPath, adapter, prompts, maxTokens, tokenizeOnly = [] } = JSON.parse(process.argv[2]);
 
-const llama = await getLlama({ gpu: false, build: 'never', skipDownload: true, logLevel: 'error' });
+const llama = await getLlama({ gpu: false, build: 'never', skipDownload: true, logLevel: LlamaLogLevel.error });
 const model = await llama.loadModel({ modelPath, gpuLayers: 0 });
 const answers = [];
 for (const prompt of prompts) {

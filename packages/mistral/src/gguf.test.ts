@@ -1,5 +1,5 @@
 import { readFileSync } from 'node:fs';
-import { InitWeights } from '@lorikeet/nn';
+import { InitWeights, Linear } from '@lorikeet/nn';
 import {
   type Device,
   dequantize,
@@ -232,12 +232,11 @@ describe('model', () => {
 
   it('weights in 4 bits are restored', async () => {
     const model = await create();
-    const path = 'model.layers.0.mlp.up_proj';
-    const [, weight] = [...model.namedParameters()].find(([name]) => name === `${path}.weight`) ?? [];
-    if (weight === undefined) throw new Error(`no ${path}`);
-    const restored = await scope(() => keep(dequantize(quantize(weight, 'nf4')))).read();
-    const layer = model.at(path) as { weight: typeof weight };
-    layer.weight = scope(() => keep(quantize(weight, 'nf4')));
+    const layer = model.at('model.layers.0.mlp.up_proj');
+    if (!(layer instanceof Linear)) throw new Error('up_proj is no linear layer');
+    const quantized = scope(() => keep(quantize(layer.weight, 'nf4')));
+    const restored = await scope(() => keep(dequantize(quantized))).read();
+    layer.weight = quantized;
     const { file } = await written(model, 'F32');
     expect(await file.read('blk.0.ffn_up.weight')).toEqual(new Float32Array(restored));
     model.dispose();
