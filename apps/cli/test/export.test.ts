@@ -56,11 +56,10 @@ async function writeAdapter(
   return updates;
 }
 
-const exportArgs = (to: string, output: string, adapter: string | undefined, ...more: string[]): string[] => [
-  ...['export', '--model', at('model'), '--to', to, '--output', at(output)],
-  ...(adapter === undefined ? [] : ['--adapter', at(adapter)]),
-  ...more,
-];
+const exportArgs = (to: string, output: string, adapter: string | undefined, ...more: string[]): string[] => {
+  const args = ['export', '--model', at('model'), '--to', to, '--output', at(output), ...more];
+  return adapter === undefined ? args : [...args, '--adapter', at(adapter)];
+};
 
 async function readGguf(name: string): Promise<{ file: GgufFile; close: () => Promise<void> }> {
   const source = await openFile(at(name));
