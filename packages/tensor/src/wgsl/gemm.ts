@@ -38,7 +38,7 @@ export interface GemmTail {
 }
 
 /**
- * A dropout in a product. Masked operands are rounded as if `dropout` had written them in f32; that no bit differs from
+ * A dropout in a product. Masked operands are rounded as if `dropout` had written them in f32: no bit differs from
  * a product with such a copy. A masked product is alpha times the sums, masked, then added to what is in `out`.
  */
 export interface GemmDropout extends DropoutOptions {
