@@ -31,12 +31,22 @@ import { checkSaved, wrapSaved } from './saved-module.js';
 import { matchModules, type ModuleInfo, savedModules, someOf, tokenTargets } from './targets.js';
 import { checkTokenIds, wrapTokenRows } from './token-rows.js';
 
+/** What stands in a file for a module's parameters. */
+export interface ExportedParameter {
+  /** What follows the module's path in the name. */
+  readonly name: string;
+  readonly shape: readonly number[];
+  readonly values: Float32Array;
+}
+
 /** A module in place of the one that it adapts. `PeftLayer` is the base of those that go from a tensor to a tensor. */
 export interface AdaptedModule extends Module {
   /** The module that was there before; how its weight is stored is its own business. */
   readonly base_layer: Module;
   /** Trainable f32 tensors, each with what follows the module's path in its name in the file, such as `lora_A.weight`. */
   adapterParameters(): Iterable<readonly [name: string, parameter: Tensor]>;
+  /** What a file holds in place of the parameters, where that is something else. */
+  exportedParameters?(): Promise<readonly ExportedParameter[] | undefined>;
   /** The shape that a parameter has in the file, of as many elements, where that is another than its own. */
   fileShape?(name: string): readonly number[];
   /** Adds the update to the base weight, computed in f32. The original weight is kept, so that `unmerge` is exact. */
@@ -74,6 +84,8 @@ export interface WrapContext {
   readonly seed: number;
   /** Width of the residual stream. */
   readonly hiddenSize: number;
+  /** True where the values come from a file. */
+  readonly loading: boolean;
 }
 
 /** A parameter-efficient method. */
@@ -88,6 +100,12 @@ export interface PeftMethod {
   readonly parseConfig: (text: string, where: string) => AdapterConfig;
   /** The text of adapter_config.json; some files tell of the model. */
   readonly serializeConfig: (config: AdapterConfig, model: { readonly hiddenSize: number }) => string;
+  /** The configuration of what `exportedParameters` gives; the adapter's own when left out. */
+  readonly exportConfig?: (config: AdapterConfig) => AdapterConfig;
+  /** True where parameters start from the base's weights, which `initialize` reads: `createAdapter` is needed then. */
+  readonly initializes?: (config: AdapterConfig) => boolean;
+  /** Gives a wrapped module its start. */
+  readonly initialize?: (layer: AdaptedModule, context: WrapContext) => Promise<void>;
   /** Targets by model type where the configuration names none; those of LoRA when left out. */
   readonly defaultTargets?: Readonly<Record<string, readonly string[]>>;
   /** The paths to wrap, for methods whose configuration has no `target_modules`. */
@@ -156,12 +174,15 @@ export class Adapter {
     for (const { key, parameter } of this.#stored()) yield [key, parameter];
   }
 
+  #key(path: string, name: string): string {
+    return this.#method.keyOf?.(this.config, path, name) ?? `${adapterKeyPrefix}${path}.${name}`;
+  }
+
   /** Parameters with their names and shapes in the file. */
   *#stored(): Generator<{ key: string; parameter: Tensor; shape: readonly number[] }> {
     for (const [path, layer] of this.#layers) {
       for (const [name, parameter] of layer.adapterParameters()) {
-        const key = this.#method.keyOf?.(this.config, path, name) ?? `${adapterKeyPrefix}${path}.${name}`;
-        yield { key, parameter, shape: layer.fileShape?.(name) ?? parameter.shape };
+        yield { key: this.#key(path, name), parameter, shape: layer.fileShape?.(name) ?? parameter.shape };
       }
     }
   }
@@ -244,14 +265,11 @@ export class Adapter {
   async entries(): Promise<TensorEntry[]> {
     this.#expect('entries', 'beside', 'merged');
     const entries: TensorEntry[] = [];
-    for (const { key, parameter, shape } of this.#stored()) {
-      const values = await parameter.read();
-      entries.push({
-        name: key,
-        dtype: 'F32',
-        shape,
-        data: encodeFloats(Float32Array.from(values), 'F32').bytes,
-      });
+    for (const [path, layer] of this.#layers) {
+      const exported = (await layer.exportedParameters?.()) ?? (await ownParameters(layer));
+      for (const { name, shape, values } of exported) {
+        entries.push({ name: this.#key(path, name), dtype: 'F32', shape, data: encodeFloats(values, 'F32').bytes });
+      }
     }
     return entries;
   }
@@ -263,7 +281,7 @@ export class Adapter {
    */
   async save(folder: SinkFolder, options: { readonly baseModelName?: string } = {}): Promise<void> {
     const entries = await this.entries();
-    const { config } = this;
+    const config = this.#method.exportConfig?.(this.config) ?? this.config;
     const text = this.#method.serializeConfig(
       {
         ...config,
@@ -326,6 +344,15 @@ export class Adapter {
   }
 }
 
+async function ownParameters(layer: AdaptedModule): Promise<ExportedParameter[]> {
+  const exported: ExportedParameter[] = [];
+  for (const [name, parameter] of layer.adapterParameters()) {
+    const shape = layer.fileShape?.(name) ?? parameter.shape;
+    exported.push({ name, shape, values: Float32Array.from(await parameter.read()) });
+  }
+  return exported;
+}
+
 const weightsFileOf = (method: PeftMethod): string => method.weightsFile ?? 'adapter_model.safetensors';
 
 function kindOf(module: Module): ModuleInfo['kind'] {
@@ -345,6 +372,53 @@ function hiddenSizeOf(modules: Iterable<Module>): number {
  *   fit, or the model has an adapter; the model is unchanged then
  */
 export function injectAdapter(model: Module, config: AdapterConfig, options: InjectOptions = {}): Adapter {
+  const method = methodOf(config.peft_type, '');
+  const [first] = model.namedParameters();
+  // Where nothing is computed, there is no start to compute.
+  if (method.initializes?.(config) === true && !first[1].device.planned) {
+    throw new AdapterError(
+      'injectAdapter: init_lora_weights asks for a start that is computed from the weights; use await createAdapter(model, config)',
+    );
+  }
+  return inject(model, config, options, false).adapter;
+}
+
+/**
+ * `injectAdapter` for every configuration, those included whose parameters start from the base's weights (PiSSA, OLoRA,
+ * LoftQ).
+ * @throws AdapterError as `injectAdapter`; nothing stays injected then
+ */
+export function createAdapter(model: Module, config: AdapterConfig, options: InjectOptions = {}): Promise<Adapter> {
+  return create(model, config, options, false);
+}
+
+async function create(
+  model: Module,
+  config: AdapterConfig,
+  options: InjectOptions,
+  loading: boolean,
+): Promise<Adapter> {
+  const { adapter, contexts } = inject(model, config, options, loading);
+  const method = methodOf(config.peft_type, '');
+  if (method.initializes?.(config) !== true || method.initialize === undefined) return adapter;
+  try {
+    for (const context of contexts) {
+      const layer = adapter.layers.get(context.path);
+      if (layer !== undefined && !context.device.planned) await method.initialize(layer, context);
+    }
+    return adapter;
+  } catch (error) {
+    adapter.remove();
+    throw error;
+  }
+}
+
+function inject(
+  model: Module,
+  config: AdapterConfig,
+  options: InjectOptions,
+  loading: boolean,
+): { adapter: Adapter; contexts: readonly WrapContext[] } {
   const method = methodOf(config.peft_type, '');
   const { seed = 42, modelType = 'mistral' } = options;
   const modules = new Map([...model.namedModules()].filter(([path]) => path !== ''));
@@ -379,9 +453,10 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
   const [first] = model.namedParameters();
   const device = first[1].device;
   const hiddenSize = hiddenSizeOf(modules.values());
+  const contexts = targets.map((path): WrapContext => ({ device, config, path, seed, hiddenSize, loading }));
   const layers = new Map<string, AdaptedModule>();
   try {
-    for (const path of targets) layers.set(path, method.wrap(at(path), { device, config, path, seed, hiddenSize }));
+    for (const context of contexts) layers.set(context.path, method.wrap(at(context.path), context));
     for (const { path, ids } of tokens) layers.set(path, wrapTokenRows(at(path), ids));
     for (const path of saved) layers.set(path, wrapSaved(at(path)));
   } catch (error) {
@@ -392,7 +467,7 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
     model.replace(path, layer);
     adapted.add(layer);
   }
-  return new Adapter(model, config, layers, device);
+  return { adapter: new Adapter(model, config, layers, device), contexts };
 }
 
 /** Reads adapter_config.json of a folder, injects that adapter and loads its values. Nothing stays injected on failure. */
@@ -414,7 +489,7 @@ export async function loadAdapter(model: Module, folder: ByteFolder, options: In
     type === undefined
       ? ([...methods.values()].find((m) => m.claims?.(object)) ?? methodOf('LORA', `${where}: `))
       : methodOf(typeof type === 'string' ? type : JSON.stringify(type), `${where}: `);
-  const adapter = injectAdapter(model, method.parseConfig(text, where), options);
+  const adapter = await create(model, method.parseConfig(text, where), options, true);
   try {
     await adapter.load(folder);
     return adapter;
@@ -429,15 +504,21 @@ export interface AdapterInjector {
   readonly config: LoraConfig;
   /** Puts a new adapter into the model, see `injectAdapter`. */
   inject(model: Module): Adapter;
+  /** The same for every start, see `createAdapter`. */
+  create(model: Module): Promise<Adapter>;
 }
 
 /**
  * A LoRA adapter to be, for `peft_config` of `SFTTrainer`.
  * @throws FormatError that lists every wrong setting
  */
-export function peftConfig(options: LoraOptions = {}, inject: InjectOptions = {}): AdapterInjector {
-  const config = loraConfig(options);
-  return { config, inject: (model) => injectAdapter(model, config, inject) };
+export function peftConfig(lora: LoraOptions = {}, options: InjectOptions = {}): AdapterInjector {
+  const config = loraConfig(lora);
+  return {
+    config,
+    inject: (model) => injectAdapter(model, config, options),
+    create: (model) => createAdapter(model, config, options),
+  };
 }
 
 /**

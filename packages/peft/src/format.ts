@@ -108,8 +108,9 @@ const laterKeys: ReadonlyMap<string, readonly JsonValue[]> = new Map<string, rea
 /** Later keys without an effect of their own. */
 const inertKeys: readonly string[] = ['qalora_group_size', 'peft_version', 'runtime_config'];
 
-/** Ways to initialise that leave the base weights as they are, so that an adapter made with them is plain LoRA. */
-const plainInits: readonly string[] = ['gaussian', 'eva', 'orthogonal'];
+/** Ways to initialise that are known by name; `pissa_niter_<n>` is one, too. */
+const namedInits: readonly string[] = ['gaussian', 'eva', 'orthogonal', 'pissa', 'olora', 'loftq'];
+const startsFromWeights = /^(pissa|pissa_niter_\d+|olora|loftq)$/;
 
 /**
  * A configuration for a new adapter, checked.
@@ -236,8 +237,12 @@ export function unsupportedFeatures(config: LoraConfig): string[] {
   add(config.layer_replication !== null, 'layer_replication is set; models with repeated layers are not supported');
   add(config.megatron_config !== null, 'megatron_config is set; Megatron layers are not supported');
   add(
-    typeof init === 'string' && !plainInits.includes(init),
-    `init_lora_weights is ${quoted(String(init))}, which changes the base weights or is unknown; supported are true, false, ${plainInits.map(quoted).join(', ')}`,
+    typeof init === 'string' && !namedInits.includes(init) && !startsFromWeights.test(init),
+    `init_lora_weights is ${quoted(String(init))}; supported are true, false, ${namedInits.map(quoted).join(', ')}, "pissa_niter_<n>"`,
+  );
+  add(
+    config.use_dora && typeof init === 'string' && startsFromWeights.test(init),
+    `use_dora is true and init_lora_weights ${quoted(String(init))}; starts from the weights are for plain LoRA`,
   );
   add(
     typeof config.target_modules === 'string' &&

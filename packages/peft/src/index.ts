@@ -17,6 +17,21 @@ export {
   type BottleneckOptions,
   type BottleneckSettings,
 } from './methods/bottleneck.js';
+export {
+  type HostMatrix,
+  hostMatrix,
+  leadingSvd,
+  type LeadingSvdOptions,
+  matrixTimes,
+  product,
+  productSvd,
+  qr,
+  type Svd,
+  svd,
+  transposed,
+  truncated,
+} from './linear-algebra.js';
+export type { HostFactors } from './lora-init.js';
 export { doraScale, doraScaleOp } from './dora-scale.js';
 export { SavedEmbedding, SavedLinear, SavedNorm } from './saved-module.js';
 export { MergedWeight } from './merged-weight.js';

@@ -224,17 +224,17 @@ export async function leadingSvd(matrix: Tensor, rank: number, options: LeadingS
     Float64Array.from({ length: width * columns }, () => random.normal()),
   );
   for (let i = 0; i < iterations; i++) {
-    basis = orthonormalRows(await times(matrix, basis, false));
-    basis = orthonormalRows(await times(matrix, basis, true));
+    basis = orthonormalRows(await matrixTimes(matrix, basis, false));
+    basis = orthonormalRows(await matrixTimes(matrix, basis, true));
   }
   // The rows of `left` span the range of W; Q^T W is small, and W = Q (Q^T W) to the error of the span.
-  const left = orthonormalRows(await times(matrix, basis, false));
-  const small = svd(await times(matrix, left, true));
+  const left = orthonormalRows(await matrixTimes(matrix, basis, false));
+  const small = svd(await matrixTimes(matrix, left, true));
   return truncated({ u: product(transposed(left), small.u), s: small.s, vt: small.vt }, rank);
 }
 
-/** x W^T, or x W where `back`, on the device. */
-async function times(matrix: Tensor, x: HostMatrix, back: boolean): Promise<HostMatrix> {
+/** x W^T, or x W where `back`, computed on the device in f32. matrix: W [O, D], any float type or NF4 */
+export async function matrixTimes(matrix: Tensor, x: HostMatrix, back: boolean): Promise<HostMatrix> {
   const { device } = matrix;
   const y = scope(() => {
     const rows = device.fromArray(Float32Array.from(x.data), [x.rows, x.columns]);

@@ -1,7 +1,9 @@
 /** A linear layer with low-rank factors beside it, and what holds them. */
 import { type Linear, Module, trainingContext } from '@lorikeet/nn';
-import { type DropoutOptions, gemm, keep, loraLinear, scope, type Tensor } from '@lorikeet/tensor';
-import { PeftLayer } from './adapter.js';
+import { add, type DropoutOptions, gemm, keep, linear, loraLinear, scale, scope, type Tensor } from '@lorikeet/tensor';
+import { type ExportedParameter, PeftLayer } from './adapter.js';
+import { hostMatrix, product, qr, transposed } from './linear-algebra.js';
+import { type HostFactors, onDevice } from './lora-init.js';
 import { MergedWeight, storedLike, wideCopy } from './merged-weight.js';
 
 /** Holder of one factor, so that its path is the checkpoint's: `lora_A.weight`. */
@@ -22,6 +24,8 @@ export interface LoraLayerOptions {
   readonly dropout: number;
   /** Keeps the dropout masks of different layers apart. */
   readonly stream: number;
+  /** Takes the product that A and B start with from the base, see `LoraLinear.startAt`. */
+  readonly subtractsStart?: boolean;
 }
 
 /** A linear layer with a low-rank update beside it. */
@@ -36,6 +40,10 @@ export class LoraLinear extends PeftLayer {
   readonly #dropout: number;
   /** Keeps the dropout masks of different layers apart. */
   readonly #stream: number;
+  /** Factors whose product is taken from the base: where A and B started. b has -scaling in it. */
+  #start: { readonly a: Tensor; readonly b: Tensor } | undefined;
+  /** The base's weight before it was quantised for this adapter. */
+  #unquantized: Tensor | undefined;
   /** The base's weight while an update is in it. */
   protected readonly merging: MergedWeight;
 
@@ -48,15 +56,44 @@ export class LoraLinear extends PeftLayer {
     this.scaling = options.scaling;
     this.#dropout = options.dropout;
     this.#stream = options.stream;
+    if (options.subtractsStart === true) {
+      const like = (x: Tensor): Tensor => keep(x.device.zeros(x.shape).tag('adapters'));
+      this.#start = { a: like(a), b: like(b) };
+    }
+  }
+
+  /**
+   * Sets A and B. With `subtractsStart` their product is taken from the base from now on, which stays as it is in memory:
+   * y = W x + scaling (B A drop(x) - B0 A0 x).
+   */
+  startAt(factors: HostFactors): void {
+    scope(() => {
+      const { a, b } = onDevice(this.lora_A.weight.device, factors);
+      const { device } = a;
+      device.copy(a, this.lora_A.weight);
+      device.copy(b, this.lora_B.weight);
+      if (this.#start === undefined) return;
+      device.copy(a, this.#start.a);
+      device.copy(scale(b, -this.scaling), this.#start.b);
+    });
+  }
+
+  /** Puts a 4-bit weight, now the layer's, in the base's place until the layer goes; see `loftqStart`. */
+  quantizeBase(weight: Tensor): void {
+    this.#unquantized = this.base_layer.weight;
+    this.base_layer.weight = weight;
   }
 
   /** x: [..., in] -> [..., out] */
   override forward(x: Tensor): Tensor {
     if (this.merging.merged) return this.base_layer.forward(x);
-    return loraLinear(x, this.base_layer.weight, this.lora_A.weight, this.lora_B.weight, {
+    const y = loraLinear(x, this.base_layer.weight, this.lora_A.weight, this.lora_B.weight, {
       scale: this.scaling,
       dropout: this.dropout(),
     });
+    if (this.#start === undefined) return y;
+    const dtype = y.dtype === 'f16' ? 'f16' : 'f32';
+    return add(y, linear(linear(x, this.#start.a, { dtype: 'f32' }), this.#start.b, { dtype }));
   }
 
   /** The dropout of the running step, if there is any. */
@@ -79,6 +116,7 @@ export class LoraLinear extends PeftLayer {
   protected withUpdate(weight: Tensor): Tensor {
     const sum = wideCopy(weight);
     gemm(this.lora_B.weight, this.lora_A.weight, sum, { alpha: this.scaling, accumulate: true });
+    if (this.#start !== undefined) gemm(this.#start.b, this.#start.a, sum, { accumulate: true });
     return sum;
   }
 
@@ -86,35 +124,80 @@ export class LoraLinear extends PeftLayer {
     this.merging.unmerge();
   }
 
+  /**
+   * With a start that is taken from the base: the same update as a plain LoRA of twice the rank, [A; A0] and [B, -B0].
+   */
+  async exportedParameters(): Promise<ExportedParameter[] | undefined> {
+    if (this.#start === undefined) return undefined;
+    const [a, b] = [this.lora_A.weight, this.lora_B.weight];
+    const [r, width] = a.shape;
+    const [nowA, startA, nowB, startB] = await Promise.all([a, this.#start.a, b, this.#start.b].map((x) => x.read()));
+    const both = new Float32Array(2 * b.size);
+    for (let o = 0; o < b.shape[0]; o++) {
+      for (let k = 0; k < r; k++) {
+        both[o * 2 * r + k] = nowB[o * r + k];
+        both[o * 2 * r + r + k] = startB[o * r + k] / this.scaling;
+      }
+    }
+    return [
+      { name: 'lora_A.weight', shape: [2 * r, width], values: Float32Array.from([...nowA, ...startA]) },
+      { name: 'lora_B.weight', shape: [b.shape[0], 2 * r], values: both },
+    ];
+  }
+
   override detach(): Module {
+    this.#freeStart();
     this.merging.dispose();
     return super.detach();
   }
 
   /**
    * scaling ||B A||: the square is the sum of the elementwise product of B^T B and A A^T, both [r, r], so that B A [out, in]
-   * is not needed.
+   * is not needed. Where the product nearly cancels, that is noise, and the triangles of both sides are multiplied.
    */
   async updateNorm(): Promise<number> {
     const [a, b] = [this.lora_A.weight, this.lora_B.weight];
     const [r] = a.shape;
-    const grams = scope(() => {
-      const made = [a.device.empty([r, r], 'f32'), a.device.empty([r, r], 'f32')];
-      gemm(a, a, made[0], { transB: true });
-      gemm(b, b, made[1], { transA: true });
-      return keep(made);
-    });
-    const reading = Promise.all(grams.map((x) => x.read()));
-    for (const x of grams) x.dispose();
-    const [aa, bb] = await reading;
-    let square = 0;
-    aa.forEach((v, i) => {
-      square += v * bb[i];
-    });
-    return this.scaling * Math.sqrt(Math.max(0, square));
+    if (this.#start === undefined) {
+      const grams = scope(() => {
+        const made = [a.device.empty([r, r], 'f32'), a.device.empty([r, r], 'f32')];
+        gemm(a, a, made[0], { transB: true });
+        gemm(b, b, made[1], { transA: true });
+        return keep(made);
+      });
+      const reading = Promise.all(grams.map((x) => x.read()));
+      for (const x of grams) x.dispose();
+      const [aa, bb] = await reading;
+      const total = (gram: ArrayLike<number>): number =>
+        Array.from({ length: r }, (_, i) => gram[i * r + i]).reduce((x, y) => x + y);
+      const square = Array.from(aa, (v, i) => v * bb[i]).reduce((x, y) => x + y);
+      const largest = total(aa) * total(bb);
+      if (largest === 0 || square > 1e-6 * largest) return this.scaling * Math.sqrt(square);
+    }
+    const factors = (await this.exportedParameters()) ?? [
+      { shape: a.shape, values: await a.read() },
+      { shape: b.shape, values: await b.read() },
+    ];
+    const [right, left] = factors.map(({ shape, values }) => hostMatrix(shape[0], shape[1], values));
+    return this.scaling * Math.hypot(...product(qr(left).r, transposed(qr(transposed(right)).r)).data);
+  }
+
+  #freeStart(): void {
+    this.#start?.a.dispose();
+    this.#start?.b.dispose();
+    this.#start = undefined;
+    if (this.#unquantized === undefined) return;
+    // A weight that an update was merged into stays; else the base is what it was.
+    if (this.merging.merged) this.#unquantized.dispose();
+    else {
+      this.base_layer.weight.dispose();
+      this.base_layer.weight = this.#unquantized;
+    }
+    this.#unquantized = undefined;
   }
 
   override dispose(): void {
+    this.#freeStart();
     super.dispose();
     this.merging.dispose();
   }

@@ -224,11 +224,27 @@ export function checkSaved(modules: readonly (readonly [path: string, module: Mo
     ([, m]) =>
       !((m instanceof Linear || m instanceof Embedding || m instanceof RMSNorm) && !isQuantized(m.weight.dtype)),
   );
-  if (refused.length === 0) return;
+  if (refused.length === 0) {
+    for (const [path, module] of modules) checkSize(path, module);
+    return;
+  }
   throw new AdapterError(
     `modules_to_save: ${refused.map(([path]) => path).join(', ')} cannot be trained whole; name linear layers, embeddings and norms that ` +
       'are not stored in 4 bits',
   );
+}
+
+/** Gradients and optimizer work on whole tensors: the copy must fit into one binding. */
+function checkSize(path: string, module: Module): void {
+  for (const [, { device, rows, columns }] of module.namedParameters()) {
+    const bytes = 4 * rows * columns;
+    const most = device.limits.maxStorageBufferBindingSize;
+    if (bytes <= most) continue;
+    throw new AdapterError(
+      `modules_to_save: a copy of ${path} in f32 takes ${bytes} bytes, and this device binds ${most} at most; name the rows of new ` +
+        'tokens in trainable_token_indices, or adapt the module with target_modules',
+    );
+  }
 }
 
 /** @internal The module with an f32 copy of its weight, which is trained. */

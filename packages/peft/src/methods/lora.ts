@@ -1,7 +1,14 @@
 /** LoRA (Hu et al., 2021): y = W x + scaling * B A drop(x), with W frozen. rsLoRA (Kalajdzievski, 2023) by its scaling. */
 import { hashString, type Init, initialValues, Linear, type Module } from '@lorikeet/nn';
 import type { Tensor } from '@lorikeet/tensor';
-import { adapterTensor, definePeft, type PeftLayer, type PeftMethod, type WrapContext } from '../adapter.js';
+import {
+  type AdaptedModule,
+  adapterTensor,
+  definePeft,
+  type PeftLayer,
+  type PeftMethod,
+  type WrapContext,
+} from '../adapter.js';
 import {
   type AdapterConfig,
   AdapterError,
@@ -10,6 +17,7 @@ import {
   parseAdapterConfig,
   serializeAdapterConfig,
 } from '../format.js';
+import { loftqStart, oloraFactors, orthogonalFactors, pissaFactors } from '../lora-init.js';
 import { type LoraLayerOptions, LoraLinear } from '../lora-layer.js';
 import { ranksOf } from '../targets.js';
 import { DoraLinear } from './dora.js';
@@ -25,20 +33,88 @@ function wrap(layer: Module, context: WrapContext): PeftLayer {
   const config = settings(context.config);
   const { r, scaling } = ranksOf(config)(path);
   const [out, width] = layer.weight.shape;
-  const init = config.init_lora_weights;
-  if (typeof init === 'string' && init !== 'gaussian' && init !== 'true' && init !== 'false') {
-    throw new AdapterError(`init_lora_weights "${init}" is not supported yet; use true, false or "gaussian"`);
+  const init = initOf(config);
+  if (init.kind === 'eva') {
+    throw new AdapterError('init_lora_weights "eva" is not supported yet; use true, "gaussian", "pissa" or "olora"');
   }
-  // Kaiming uniform with a = sqrt(5) comes to 1 / sqrt(in).
-  const startA: Init =
-    init === 'gaussian' ? { kind: 'normal', std: 1 / r } : { kind: 'uniform', bound: 1 / Math.sqrt(width) };
-  const startB: Init =
-    init === false || init === 'false' ? { kind: 'uniform', bound: 1 / Math.sqrt(r) } : { kind: 'zeros' };
   const factor = (name: string, shape: readonly [number, number], start: Init): Tensor =>
     adapterTensor(device, () => initialValues(`${path}.${name}.weight`, shape[0] * shape[1], start, seed), shape);
+  // Kaiming uniform with a = sqrt(5) comes to 1 / sqrt(in).
+  const startA: Init =
+    init.kind === 'gaussian' ? { kind: 'normal', std: 1 / r } : { kind: 'uniform', bound: 1 / Math.sqrt(width) };
+  const startB: Init = init.kind === 'random' ? { kind: 'uniform', bound: 1 / Math.sqrt(r) } : { kind: 'zeros' };
+  if (r > Math.min(out, width) && (init.kind === 'pissa' || init.kind === 'olora' || init.kind === 'loftq')) {
+    throw new AdapterError(
+      `${path} is [${out}, ${width}]: init_lora_weights "${init.kind}" needs r <= ${Math.min(out, width)}, is ${r}`,
+    );
+  }
   const [a, b] = [factor('lora_A', [r, width], startA), factor('lora_B', [out, r], startB)];
-  const options: LoraLayerOptions = { scaling, dropout: config.lora_dropout, stream: hashString(path) };
-  return config.use_dora ? new DoraLinear(layer, a, b, options) : new LoraLinear(layer, a, b, options);
+  const options: LoraLayerOptions = {
+    scaling,
+    dropout: config.lora_dropout,
+    stream: hashString(path),
+    subtractsStart: init.kind === 'pissa' || init.kind === 'olora',
+  };
+  const made = config.use_dora ? new DoraLinear(layer, a, b, options) : new LoraLinear(layer, a, b, options);
+  if (init.kind === 'orthogonal' && !device.planned) made.startAt(orthogonalFactors(out, width, r, path, seed));
+  return made;
+}
+
+/** What a value of `init_lora_weights` stands for. */
+function initOf({ init_lora_weights: init }: LoraConfig): {
+  readonly kind: 'default' | 'random' | 'gaussian' | 'pissa' | 'olora' | 'orthogonal' | 'loftq' | 'eva';
+  readonly iterations?: number;
+} {
+  if (init === true || init === 'true') return { kind: 'default' };
+  if (init === false || init === 'false') return { kind: 'random' };
+  const steps = /^pissa_niter_(\d+)$/.exec(init);
+  if (steps !== null) return { kind: 'pissa', iterations: Number(steps[1]) };
+  const known = (['gaussian', 'pissa', 'olora', 'orthogonal', 'loftq', 'eva'] as const).find((name) => name === init);
+  if (known !== undefined) return { kind: known };
+  throw new AdapterError(`init_lora_weights ${JSON.stringify(init)} is not known`);
+}
+
+async function initialize(layer: AdaptedModule, { config: given, path, seed, loading }: WrapContext): Promise<void> {
+  if (!(layer instanceof LoraLinear)) return;
+  const config = settings(given);
+  const { r, scaling } = ranksOf(config)(path);
+  const { weight } = layer.base_layer;
+  const { kind, iterations } = initOf(config);
+  if (kind === 'pissa') layer.startAt(await pissaFactors(weight, r, scaling, { iterations, seed }));
+  else if (kind === 'olora') layer.startAt(await oloraFactors(weight, r));
+  else if (kind === 'loftq' && !loading) {
+    const start = await loftqStart(weight, r, scaling, { iterations: loftqIterations(config), seed });
+    layer.quantizeBase(start.weight);
+    layer.startAt(start);
+  }
+}
+
+function loftqIterations({ loftq_config: { loftq_iter, loftq_bits } }: LoraConfig): number {
+  if (loftq_bits !== undefined && loftq_bits !== 4) {
+    throw new AdapterError(
+      `loftq_config: loftq_bits is ${JSON.stringify(loftq_bits)}; weights are quantised to 4 bits`,
+    );
+  }
+  return typeof loftq_iter === 'number' ? loftq_iter : 1;
+}
+
+/** The plain LoRA that a file holds: of twice the rank where the start is taken from the base, see `LoraLinear`. */
+function exportConfig(config: AdapterConfig): LoraConfig {
+  const own = settings(config);
+  const { kind } = initOf(own);
+  if (kind === 'loftq') return { ...own, init_lora_weights: true, loftq_config: {} };
+  if (kind !== 'pissa' && kind !== 'olora') return own;
+  const times = (map: Readonly<Record<string, number>>, factor: number): Record<string, number> =>
+    Object.fromEntries(Object.entries(map).map(([key, value]) => [key, value * factor]));
+  const alpha = own.use_rslora ? Math.SQRT2 : 2;
+  return {
+    ...own,
+    init_lora_weights: true,
+    r: 2 * own.r,
+    lora_alpha: alpha * own.lora_alpha,
+    rank_pattern: times(own.rank_pattern, 2),
+    alpha_pattern: times(own.alpha_pattern, alpha),
+  };
 }
 
 /** Low-rank adaptation of linear layers. */
@@ -48,4 +124,7 @@ export const lora: PeftMethod = definePeft({
   wrap,
   parseConfig: parseAdapterConfig,
   serializeConfig: (config) => serializeAdapterConfig(settings(config)),
+  exportConfig,
+  initializes: (config) => ['pissa', 'olora', 'loftq'].includes(initOf(settings(config)).kind),
+  initialize,
 });

@@ -1,0 +1,176 @@
+import { memorySource, openSafetensors } from '@lorikeet/tensor';
+import { relativeError, testDevice } from '@lorikeet/testing';
+import { describe, expect, it } from 'vitest';
+import { move } from '../test/method-checks.js';
+import { gradientsOf, initialisations, MethodNet, numbersAt, tenSteps } from '../test/method-net.js';
+import { memoryFolder } from '../test/tiny-model.js';
+import { type Adapter, createAdapter, injectAdapter, loadAdapter } from './adapter.js';
+import { loraConfig, parseAdapterConfig } from './format.js';
+import { hostMatrix, product, transposed } from './linear-algebra.js';
+import './methods/lora.js';
+
+const device = await testDevice();
+const low = { r: 4, lora_alpha: 8, target_modules: ['up_proj', 'down_proj'] };
+const path = 'layers.0.up_proj';
+
+async function parameter(adapter: Adapter, name: string): Promise<Float64Array> {
+  const found = [...adapter.parameters()].find(([key]) => key === `base_model.model.${path}.${name}.weight`);
+  return Float64Array.from((await found?.[1].read()) ?? []);
+}
+
+async function update(adapter: Adapter): Promise<Float64Array> {
+  const a = hostMatrix(4, 16, await parameter(adapter, 'lora_A'));
+  const b = hostMatrix(24, 4, await parameter(adapter, 'lora_B'));
+  return product(b, a).data.map((v) => 2 * v);
+}
+
+describe.each(['pissa', 'pissa_niter_8', 'olora', 'orthogonal'])('init_lora_weights %s', (init_lora_weights) => {
+  const config = loraConfig({ ...low, init_lora_weights });
+
+  it.each([
+    ['f32', 1e-5],
+    ['f16', 5e-3],
+    ['nf4', 1e-5],
+  ] as const)('changes nothing over %s, trains, and goes without a trace', async (storage, tolerance) => {
+    const live = device.stats().liveBytes;
+    const net = new MethodNet(device, storage);
+    const own = device.stats().liveBytes;
+    const before = await net.readLogits();
+    const adapter = await createAdapter(net, config);
+    expect(relativeError(await net.readLogits(), before)).toBeLessThan(tolerance);
+    for (const norm of (await adapter.updateNorms()).values()) expect(norm).toBeLessThan(1e-5);
+    if (storage === 'f32') {
+      const { losses } = await tenSteps(net, adapter);
+      expect(losses[9]).toBeLessThan(0.7 * losses[0]);
+    }
+    adapter.remove();
+    expect(await net.readLogits()).toEqual(before);
+    expect(device.stats().liveBytes).toBe(own);
+    await createAdapter(net, config);
+    net.dispose();
+    expect(device.stats().liveBytes).toBe(live);
+  });
+
+  it('is saved as plain LoRA, which any base takes, and merges to the same', async () => {
+    const net = new MethodNet(device);
+    const adapter = await createAdapter(net, config);
+    await move(adapter);
+    const logits = await net.readLogits();
+    const folder = memoryFolder();
+    await adapter.save(folder);
+    adapter.merge();
+    expect(relativeError(await net.readLogits(), logits)).toBeLessThan(5e-6);
+    adapter.remove();
+    const saved = parseAdapterConfig(new TextDecoder().decode(folder.files.get('adapter_config.json')));
+    const doubled = init_lora_weights !== 'orthogonal';
+    expect([saved.r, saved.lora_alpha]).toEqual(doubled ? [8, 16] : [4, 8]);
+    if (doubled) expect(saved.init_lora_weights).toBe(true);
+    const file = await openSafetensors(memorySource(folder.files.get('adapter_model.safetensors') ?? new Uint8Array()));
+    expect(file.tensors.get(`base_model.model.${path}.lora_B.weight`)?.shape).toEqual([24, doubled ? 8 : 4]);
+    const again = await loadAdapter(net, folder);
+    expect(relativeError(await net.readLogits(), logits)).toBeLessThan(5e-6);
+    expect((await again.updateNorms()).size).toBe(4);
+    net.dispose();
+  });
+});
+
+describe('starts', () => {
+  it('PiSSA: scaling B A is the best approximation of its rank, exactly and by iteration', async () => {
+    const wanted = numbersAt(initialisations, 'pissa_update');
+    for (const [init_lora_weights, tolerance] of [
+      ['pissa', 1e-6],
+      ['pissa_niter_8', 2e-4],
+    ] as const) {
+      const net = new MethodNet(device);
+      const adapter = await createAdapter(net, loraConfig({ ...low, init_lora_weights }));
+      expect(relativeError(await update(adapter), wanted)).toBeLessThan(tolerance);
+      // The singular values are shared between both sides.
+      const [a, b] = [await parameter(adapter, 'lora_A'), await parameter(adapter, 'lora_B')];
+      const gram = product(hostMatrix(4, 16, a), transposed(hostMatrix(4, 16, a))).data;
+      const other = product(transposed(hostMatrix(24, 4, b)), hostMatrix(24, 4, b)).data;
+      expect(relativeError(gram, other)).toBeLessThan(1e-5);
+      net.dispose();
+    }
+  });
+
+  it("OLoRA: B and A are the first columns and rows of LAPACK's Q and R", async () => {
+    const net = new MethodNet(device);
+    const adapter = await createAdapter(net, loraConfig({ ...low, init_lora_weights: 'olora' }));
+    expect(relativeError(await parameter(adapter, 'lora_B'), numbersAt(initialisations, 'olora_B'))).toBeLessThan(1e-6);
+    expect(relativeError(await parameter(adapter, 'lora_A'), numbersAt(initialisations, 'olora_A'))).toBeLessThan(1e-6);
+    net.dispose();
+  });
+
+  it('orthogonal: B A is zero though neither is, and the rank must be even', async () => {
+    const net = new MethodNet(device);
+    const config = loraConfig({ ...low, init_lora_weights: 'orthogonal' });
+    const adapter = injectAdapter(net, config);
+    const [a, b] = [await parameter(adapter, 'lora_A'), await parameter(adapter, 'lora_B')];
+    expect(Math.hypot(...a)).toBeGreaterThan(0.3);
+    expect(Math.hypot(...b)).toBeGreaterThan(0.3);
+    expect(Math.hypot(...(await update(adapter)))).toBeLessThan(1e-6);
+    const { gradients } = await gradientsOf(net, [...adapter.parameters()]);
+    for (const gradient of gradients.values()) expect(Math.hypot(...gradient)).toBeGreaterThan(0);
+    adapter.remove();
+    expect(() => injectAdapter(net, { ...config, r: 3 })).toThrow('needs an even rank');
+    net.dispose();
+  });
+
+  it('rsLoRA with PiSSA keeps its scaling in the file', async () => {
+    const net = new MethodNet(device);
+    const adapter = await createAdapter(
+      net,
+      loraConfig({ ...low, init_lora_weights: 'pissa', use_rslora: true, rank_pattern: { down_proj: 2 } }),
+    );
+    await move(adapter);
+    const logits = await net.readLogits();
+    const folder = memoryFolder();
+    await adapter.save(folder);
+    adapter.remove();
+    await loadAdapter(net, folder);
+    expect(relativeError(await net.readLogits(), logits)).toBeLessThan(5e-6);
+    net.dispose();
+  });
+
+  it('LoftQ: the base is quantised, the factors make up for most of the loss, and the base comes back', async () => {
+    const net = new MethodNet(device);
+    const own = device.stats().liveBytes;
+    const before = await net.readLogits();
+    const other = new MethodNet(device, 'nf4');
+    const quantized = await other.readLogits();
+    other.dispose();
+    const errors: number[] = [];
+    for (const loftq_iter of [1, 4]) {
+      const adapter = await createAdapter(
+        net,
+        loraConfig({ ...low, r: 8, init_lora_weights: 'loftq', loftq_config: { loftq_bits: 4, loftq_iter } }),
+      );
+      errors.push(relativeError(await net.readLogits(), before));
+      const { losses } = await tenSteps(net, adapter);
+      expect(losses[9]).toBeLessThan(0.7 * losses[0]);
+      adapter.remove();
+      expect(await net.readLogits()).toEqual(before);
+      expect(device.stats().liveBytes).toBe(own);
+    }
+    const plain = relativeError(quantized, before);
+    expect(errors[0]).toBeLessThan(0.7 * plain);
+    expect(errors[1]).toBeLessThan(0.7 * plain);
+    net.dispose();
+  });
+
+  it('what looks at the weights needs createAdapter, and a base in 16 bits for LoftQ; nothing stays on failure', async () => {
+    const net = new MethodNet(device, 'nf4');
+    const outline = [...net.namedModules()].map(([at]) => at);
+    const config = loraConfig({ ...low, init_lora_weights: 'loftq' });
+    expect(() => injectAdapter(net, config)).toThrow('use await createAdapter(model, config)');
+    await expect(createAdapter(net, config)).rejects.toThrow('load the base in 16 or 32 bits');
+    await expect(createAdapter(net, loraConfig({ ...low, r: 17, init_lora_weights: 'pissa' }))).rejects.toThrow(
+      'needs r <= 16, is 17',
+    );
+    expect([...net.namedModules()].map(([at]) => at)).toEqual(outline);
+    expect(() => loraConfig({ use_dora: true, init_lora_weights: 'pissa' })).toThrow(
+      'starts from the weights are for plain LoRA',
+    );
+    net.dispose();
+  });
+});
