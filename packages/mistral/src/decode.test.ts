@@ -1,6 +1,6 @@
 /** The fused way of one token against the model's own, and what it takes. */
-import { EmptyWeights, InitWeights, Layer } from '@lorikeet/nn';
-import { type Device, keep, planDevice, reshape, scope, type Tensor } from '@lorikeet/tensor';
+import { EmptyWeights, InitWeights, Join, Layer } from '@lorikeet/nn';
+import { add, type Device, keep, planDevice, reshape, scale, scope, type Tensor } from '@lorikeet/tensor';
 import { relativeError, testDevice } from '@lorikeet/testing';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { KvCache } from './cache.js';
@@ -119,6 +119,24 @@ it('layers that are wrapped run by themselves', async () => {
   const before = device.stats().dispatches;
   expect(relativeError(await decodedLogits(model, 2), plain)).toBeLessThan(1e-5);
   expect(device.stats().dispatches - before).toBeGreaterThan(0);
+  model.dispose();
+});
+
+/** Adds what it sees of the residual. */
+class Half extends Join {
+  override forward(h: Tensor, residual: Tensor): Tensor {
+    return add(h, scale(residual, 0.5));
+  }
+}
+
+it('what stands where a sub-block meets the residual is not passed over', async () => {
+  const model = await tinyModel('f32');
+  const plain = await decodedLogits(model, 2);
+  model.replace('model.layers.0.attention_adapters', new Half());
+  model.replace('model.layers.1.output_adapters', new Half());
+  const found = await decodedLogits(model, 2);
+  expect(relativeError(found, late(await wholeLogits(model, 2), 2))).toBeLessThan(1e-5);
+  expect(relativeError(found, plain)).toBeGreaterThan(0.01);
   model.dispose();
 });
 
