@@ -194,7 +194,6 @@ describe('resolveConfig', () => {
     'metric_for_best_model: loss',
     'neftune_noise_alpha: 5',
     'group_by_length: true',
-    'resume_from_checkpoint: out/checkpoint-5',
     'eval_delay: 10',
     'report_to: [jsonl, wandb]',
     'report_to: tensorboard',
@@ -216,7 +215,9 @@ describe('resolveConfig', () => {
       '4-bit scales are quantised too (bnb_4bit_use_double_quant: true), which bitsandbytes does when told',
     ]);
     expect(resolve('load_in_4bit: false').config.load_in_4bit).toBe(false);
-    expect(mistake('load_in_4bit: true\nbnb_4bit_quant_type: fp4')).toMatch(/bnb_4bit_quant_type must be nf4, not "fp4"/);
+    expect(mistake('load_in_4bit: true\nbnb_4bit_quant_type: fp4')).toMatch(
+      /bnb_4bit_quant_type must be nf4, not "fp4"/,
+    );
     expect(mistake('bnb_4bit_use_double_quant: false')).toMatch(/must be true: scales are always quantised again here/);
   });
 

@@ -103,7 +103,12 @@ export interface Config {
   eval_steps: number | null;
   save_strategy: Strategy;
   save_steps: number;
+  /** Most checkpoints that are kept; the newest and the best always are. */
   save_total_limit: number | null;
+  /** A checkpoint on Ctrl-C. */
+  save_on_interrupt: boolean;
+  /** A checkpoint, a run's folder, or true for `output_dir`; same as `--resume`. */
+  resume_from_checkpoint: string | boolean | null;
   logging_steps: number;
   output_dir: string;
   run_name: string | null;
@@ -221,6 +226,12 @@ const topShape = {
   save_strategy: z.enum(['no', 'steps', 'epoch']).default('steps').describe('no, steps or epoch'),
   save_steps: stepsOrShare().default(500).describe('a whole number, or a share of all steps below 1'),
   save_total_limit: count().nullable().default(null).describe('a whole number, 1 or more'),
+  save_on_interrupt: z.boolean().default(true).describe('true or false'),
+  resume_from_checkpoint: z
+    .union([z.boolean(), text()])
+    .nullable()
+    .default(null)
+    .describe('a folder, or true for the newest checkpoint in output_dir'),
   logging_steps: stepsOrShare().default(10).describe('a whole number, or a share of all steps below 1'),
   output_dir: text().default('out').describe('a folder'),
   run_name: text().nullable().default(null).describe('a text'),
@@ -322,7 +333,6 @@ const later: Readonly<Record<string, LaterKey>> = {
   greater_is_better: { what: 'going back to the best checkpoint', asks: (value) => value !== null },
   neftune_noise_alpha: { what: 'NEFTune noise' },
   group_by_length: { what: 'grouping rows by length' },
-  resume_from_checkpoint: { what: 'resuming a run' },
   eval_delay: { what: 'a delayed first evaluation' },
   label_smoothing_factor: { what: 'label smoothing' },
   'lora.use_dora': { what: 'DoRA' },

@@ -131,9 +131,9 @@ describe('lorikeet train --dry-run', () => {
     expect(debug.err).toMatch(/CliError: .*\n\s+at .*\n(.*\n)*caused by Error: ENOENT/);
   });
 
-  it('--resume is refused, not ignored', async () => {
-    const { code, err } = await run('train', '--resume');
+  it('--resume with a folder of its own needs a checkpoint in it, and without one a run file', async () => {
+    const { code, err } = await run('train', '--resume', '/nonexistent');
     expect(code).toBe(2);
-    expect(err).toContain('--resume: going on from a checkpoint is not supported yet');
+    expect(err).toContain('/nonexistent: there is no checkpoint, and no run file is given. Give the run file with -c.');
   });
 });

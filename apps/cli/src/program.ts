@@ -195,13 +195,15 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
     'Fine-tunes a model with LoRA as a run file says; key=value arguments override it.',
     `lorikeet train -c run.yaml
 lorikeet train -c run.yaml lora.r=16 learning_rate=2e-4 output_dir=out/r16
+lorikeet train -c run.yaml --resume              go on with a run that was stopped or killed
+lorikeet train --resume out/checkpoint-500       the same, from a certain checkpoint
 lorikeet train -c run.yaml --dry-run             print the resolved run and stop
 lorikeet train -c run.yaml --json > log.jsonl    one JSON object a log step`,
   )
     .argument('[key=value...]', 'keys of the run file, dotted where they are nested; values are YAML')
     .option('-c, --config <file>', 'run file (YAML)')
     .option('--dry-run', 'print the resolved run and stop')
-    .option('--resume [checkpoint]', 'go on from the latest or the given checkpoint (not supported yet)')
+    .option('--resume [folder]', 'go on from a checkpoint, or the newest of a run (default: that of output_dir)')
     .option('--overwrite', 'replace the run that output_dir holds')
     .addOption(dtypeOption())
     .addOption(fourBitOption())

@@ -1,11 +1,14 @@
 /** The files of a run in its output folder: what may be there before, and what is written. */
 import { readdir, readFile, rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import type { Tokenizer } from '@lorikeet/mistral';
 import type { Adapter } from '@lorikeet/peft';
+import { parseJsonObject } from '@lorikeet/tensor';
 import { createFolder } from '@lorikeet/tensor/node';
+import { listCheckpoints, removeCheckpoints } from './checkpoint.js';
 import { type Config, dumpConfig, loadConfig, type ResolvedConfig } from './config.js';
 import { CliError, errorCode, fileError } from './errors.js';
+import { shellQuoted } from './text.js';
 import { writeFileAtomic, writeJsonAtomic } from './write.js';
 
 /** Files that say that a folder holds a finished run. */
@@ -42,11 +45,35 @@ export async function checkOutputFolder(folder: string, overwrite: boolean): Pro
     });
   }
   const there = resultFiles.filter((name) => names.includes(name));
+  const [newest] = await listCheckpoints(folder);
+  if (newest !== undefined) there.push(basename(newest.path));
   if (there.length > 0 && !overwrite) {
+    const resume = newest === undefined ? '' : `, or --resume ${shellQuoted(folder)} to go on with it`;
     throw new CliError(`this output_dir holds another run (${there.join(', ')})`, {
       where: folder,
-      fix: 'Choose another output_dir, or give --overwrite to replace that run.',
+      fix: `Choose another output_dir, or give --overwrite to replace that run${resume}.`,
     });
+  }
+}
+
+/** How far the run got that a folder holds. */
+export interface RunTrace {
+  /** Its run.json says that it is done. */
+  readonly done: boolean;
+  /** It was killed before it had written run.json, and what is there can be replaced. */
+  readonly unfinished: boolean;
+}
+
+/** Looks at what a run left in its folder. */
+export async function traceRun(folder: string): Promise<RunTrace> {
+  const names = await namesIn(folder);
+  if (!names.includes('run.json')) return { done: false, unfinished: names.includes('train_log.jsonl') };
+  const path = join(folder, 'run.json');
+  try {
+    const record = parseJsonObject(await readFile(path, 'utf8'), path);
+    return { done: record['status'] === 'done', unfinished: false };
+  } catch (error) {
+    throw fileError(error, path, 'cannot read');
   }
 }
 
@@ -58,6 +85,7 @@ export async function clearOutputFolder(folder: string): Promise<void> {
       throw fileError(error, join(folder, name), 'cannot replace');
     });
   }
+  await removeCheckpoints(folder);
 }
 
 /** Writes a tokenizer's files, each whole or not at all. */

@@ -3,7 +3,7 @@
  * killed run never leaves a half file that something would read later.
  */
 import { randomBytes } from 'node:crypto';
-import { mkdir, open, readdir, rename, rm, stat, unlink } from 'node:fs/promises';
+import { mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { writeFileAtomic as writeWhole } from '@lorikeet/tensor/node';
 import { errorCode, fileError } from './errors.js';
@@ -99,14 +99,16 @@ export interface JsonLinesLog {
   close(): Promise<void>;
 }
 
-/** Starts a new JSON-lines log; an older file of that name is replaced. */
-export async function openJsonLines(path: string): Promise<JsonLinesLog> {
+/**
+ * Starts a new JSON-lines log; an older file of that name is replaced.
+ * @param begin lines that it begins with: those of a run that is gone on with
+ */
+export async function openJsonLines(path: string, begin = ''): Promise<JsonLinesLog> {
   try {
     await mkdir(dirname(path), { recursive: true });
-    await unlink(path).catch((error: unknown) => {
-      if (errorCode(error) !== 'ENOENT') throw error;
-    });
-    const handle = await open(path, 'wx');
+    // Never without a log: a run that is gone on with has one already.
+    await writeWhole(path, begin);
+    const handle = await open(path, 'a');
     return {
       async append(value: unknown): Promise<void> {
         try {

@@ -98,10 +98,10 @@ describe('bad input of train', () => {
     expect(errorOf(result)).toContain('Raise max_length, or set overlong to drop or truncate_prompt.');
   });
 
-  it('--resume, which is not there yet, and a run without a model', async () => {
-    const resumed = await cli(['train', '--resume', `model=${at('model')}`]);
+  it('--resume with --overwrite, and a run without a model', async () => {
+    const resumed = await cli(['train', '--resume', '--overwrite', `model=${at('model')}`]);
     expect(resumed.code).toBe(2);
-    expect(errorOf(resumed)).toContain('--resume: going on from a checkpoint is not supported yet');
+    expect(errorOf(resumed)).toContain('--resume and --overwrite contradict each other');
     const nameless = await cli(['train', `train_file=${at('train.jsonl')}`]);
     expect(nameless.code).toBe(2);
     expect(errorOf(nameless)).toContain('model_name_or_path');

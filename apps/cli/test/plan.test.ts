@@ -439,7 +439,7 @@ describe('on the command line', () => {
   });
 
   it('out of memory in a step: the plan beside the count, what would fit, and nothing left behind', async () => {
-    const { config, given } = resolveConfig({ overrides: [...run(), `output_dir=${at('lost')}`] });
+    const { config } = resolveConfig({ overrides: [...run(), `output_dir=${at('lost')}`] });
     const written = { out: '', err: '' };
     const io = {
       stdout: { write: (text: string): void => void (written.out += text) },
@@ -453,7 +453,7 @@ describe('on the command line', () => {
     // Less than the run was told there is: enough to load the model, not for a step.
     const memoryLimit = 0.7 * Number(Object(plan)['peak_bytes']);
     const small = await openDevice({ ...testVariant(), memoryLimit });
-    const error: unknown = await trainOn(context, small, { config, given, files, data }).catch((e: unknown) => e);
+    const error: unknown = await trainOn(context, small, { config, files, data }).catch((e: unknown) => e);
     small.destroy();
     if (!(error instanceof CliError)) throw error;
     expect(error.exitCode).toBe(1);

@@ -1,10 +1,12 @@
 /** `lorikeet train`: fine-tunes a model as a run file says. */
-import { rm, stat } from 'node:fs/promises';
-import { join } from 'node:path';
+import { copyFile, rm, stat } from 'node:fs/promises';
+import { dirname, join, resolve } from 'node:path';
 import type { Mistral } from '@lorikeet/mistral';
 import { type Adapter, injectAdapter, loraConfig } from '@lorikeet/peft';
-import { type Device, OutOfMemoryError } from '@lorikeet/tensor';
+import { type Device, type JsonValue, OutOfMemoryError, parseJson } from '@lorikeet/tensor';
+import { createFolder, openFolder } from '@lorikeet/tensor/node';
 import {
+  type CheckpointRecord,
   type CollateOptions,
   type EvalRecord,
   evaluateLoss,
@@ -18,7 +20,19 @@ import {
   type TrainingArguments,
   warmupStepCount,
 } from '@lorikeet/trainer';
-import { type Config, dumpConfig, loadConfig } from '../config.js';
+import {
+  baseIdentity,
+  checkpointPath,
+  compareConfigs,
+  findCheckpoint,
+  isCheckpoint,
+  refuseChanges,
+  type ResumePoint,
+  rotateCheckpoints,
+  type RunProgress,
+  writeCheckpointFolder,
+} from '../checkpoint.js';
+import { type Config, dumpConfig, loadConfig, type ResolvedConfig } from '../config.js';
 import type { CommandContext } from '../context.js';
 import { CliError, InterruptedError, UsageError } from '../errors.js';
 import { previewLegend, renderPreview } from '../mask-preview.js';
@@ -28,7 +42,14 @@ import { suggestionsFor } from '../plan-fit.js';
 import { fitText, formatFlops, partsInWords, planBesideCount, planJson } from '../plan-report.js';
 import { inFourBits, planSettings, runLora } from '../plan-settings.js';
 import { loadRunData, type RunData } from '../run-data.js';
-import { checkOutputFolder, clearOutputFolder, writeRunFiles } from '../run-files.js';
+import {
+  checkOutputFolder,
+  clearOutputFolder,
+  readRunConfig,
+  traceRun,
+  writeRunFiles,
+  writeTokenizer,
+} from '../run-files.js';
 import {
   deviceName,
   loadModel,
@@ -41,7 +62,7 @@ import {
 import { formatBytes, formatCount, formatDuration, formatNumber, printable, quoted, shellQuoted } from '../text.js';
 import type { Progress } from '../ui.js';
 import { version, versions } from '../version.js';
-import { type JsonLinesLog, openJsonLines } from '../write.js';
+import { type JsonLinesLog, openJsonLines, writeFileAtomic } from '../write.js';
 
 /** Options of the command. */
 export interface TrainOptions {
@@ -61,21 +82,10 @@ interface Evaluation {
 }
 
 /** Runs the command. */
-export async function runTrain(
-  context: CommandContext,
-  overrides: readonly string[],
-  options: TrainOptions,
-): Promise<void> {
+export async function runTrain(context: CommandContext, args: readonly string[], flags: TrainOptions): Promise<void> {
   const { ui } = context;
-  if (options.resume !== undefined) {
-    throw new UsageError('--resume: going on from a checkpoint is not supported yet', {
-      fix: 'Leave --resume out; the run starts from the beginning.',
-    });
-  }
-  const { config, notes, given } = await loadConfig(options.config, {
-    overrides,
-    flags: { dtype: options.dtype, load_in_4bit: options.loadIn4bit },
-  });
+  const { options, overrides } = withoutStolenOverride(flags, args);
+  const { config, notes } = await readRun(options, overrides);
   for (const note of notes) ui.note(note);
   if (options.dryRun === true) {
     if (ui.json) ui.data(config);
@@ -85,27 +95,127 @@ export async function runTrain(
   if (config.model_name_or_path === null) {
     throw new UsageError('the run names no model', { fix: 'Set model_name_or_path to a folder or a hub id.' });
   }
-  await checkOutputFolder(config.output_dir, options.overwrite === true);
+  const asked = options.resume ?? config.resume_from_checkpoint ?? false;
+  let from: ResumePoint | undefined;
+  if (asked === false) await checkOutputFolder(config.output_dir, options.overwrite === true);
+  else {
+    if (options.overwrite === true) {
+      throw new UsageError('--resume and --overwrite contradict each other', { fix: 'Keep one.' });
+    }
+    const found = await resumePoint(context, config, asked);
+    if (found === 'done') return;
+    from = found;
+  }
   const files = await readModelFiles(context, config.model_name_or_path, {
     revision: config.revision,
     cacheDir: config.cache_dir,
   });
   const data = await loadRunData(context, config, requireTokenizer(files.tokenizer, files.folder));
+  if (from !== undefined) await refuseOtherRun(from, files, data);
   const device = await openCommandDevice({ device: config.device, memoryLimitGb: config.memory_limit_gb });
   try {
-    await trainOn(context, device, { config, given, files, data });
+    await trainOn(context, device, { config, files, data, from });
   } finally {
     device.destroy();
   }
 }
 
+/** `--resume lora.r=8` is no folder of that name: the flag stands alone, and the rest is an override. */
+function withoutStolenOverride(
+  flags: TrainOptions,
+  overrides: readonly string[],
+): { readonly options: TrainOptions; readonly overrides: readonly string[] } {
+  const { resume } = flags;
+  if (typeof resume !== 'string' || !/^[A-Za-z_][\w.-]*=/.test(resume)) return { options: flags, overrides };
+  return { options: { ...flags, resume: true }, overrides: [resume, ...overrides] };
+}
+
+/** The run that the command line asks for; with `--resume FOLDER` alone, the one that the folder is of. */
+async function readRun(options: TrainOptions, overrides: readonly string[]): Promise<ResolvedConfig> {
+  const { config: path, resume } = options;
+  const flags = { dtype: options.dtype, load_in_4bit: options.loadIn4bit };
+  if (path !== undefined || typeof resume !== 'string') return loadConfig(path, { overrides, flags });
+  const folder = (await isCheckpoint(resume)) ? resume : (await findCheckpoint(resume, () => {}))?.path;
+  if (folder === undefined) {
+    throw new UsageError('there is no checkpoint, and no run file is given', {
+      where: resume,
+      fix: 'Give the run file with -c.',
+    });
+  }
+  return loadConfig(join(folder, 'run.yaml'), { overrides, flags });
+}
+
+/**
+ * The checkpoint to go on from; undefined when there is none yet, `done` when nothing is left to do.
+ * @throws CliError when the run is another one than the checkpoint's, as far as the run file says
+ */
+async function resumePoint(
+  { ui }: CommandContext,
+  config: Config,
+  asked: string | true,
+): Promise<ResumePoint | 'done' | undefined> {
+  const folder = asked === true ? config.output_dir : asked;
+  const own = resolve(folder) === resolve(config.output_dir);
+  const { done, unfinished } = await traceRun(config.output_dir);
+  if (done) {
+    const run = await readRunConfig(config.output_dir);
+    if (run !== undefined) refuseChanges(config.output_dir, compareConfigs({ ...run.config }, config).refused);
+    ui.note(`the run in ${printable(config.output_dir)} is finished; there is nothing left to do`);
+    return 'done';
+  }
+  const from = await findCheckpoint(folder, (message) => ui.warn(message));
+  if (from === undefined && !own) {
+    throw new CliError('there is no checkpoint in this folder', {
+      where: folder,
+      fix: 'Name a checkpoint or the folder of a run that has one; --resume alone looks in output_dir.',
+    });
+  }
+  const outside = from === undefined || resolve(dirname(from.path)) !== resolve(config.output_dir);
+  if (outside) await checkOutputFolder(config.output_dir, from === undefined && unfinished);
+  if (from === undefined) {
+    ui.note(`there is no checkpoint in ${printable(folder)} yet: the run starts from the beginning`);
+    return undefined;
+  }
+  const { refused, allowed } = compareConfigs(from.progress.config, config);
+  refuseChanges(from.path, refused);
+  for (const change of allowed) ui.note(`changed, which the losses and weights do not hang on: ${change}`);
+  return from;
+}
+
+/** Throws when the base model or the data are others than those of the checkpoint. */
+async function refuseOtherRun(
+  { path, progress }: ResumePoint,
+  files: ModelFiles,
+  { rows, train: trained, validation }: RunData,
+): Promise<void> {
+  const { data, base } = progress;
+  const changes: string[] = [];
+  const sources = (part: RunData['rows']['train']): string =>
+    [...new Set(part.map((row) => printable(row.source.file)))].join(', ');
+  if (fingerprint(trained.examples) !== data.train_hash) {
+    changes.push(
+      `the training rows (${sources(rows.train)}), as the model gets them, are not the same: ${trained.report.kept} rows now, ${data.train_rows} then`,
+    );
+  }
+  const held = validation === undefined ? null : fingerprint(validation.examples);
+  if (held !== data.validation_hash) {
+    changes.push(
+      `the held-out rows (${sources(rows.validation)}) are not the same: ${validation?.report.kept ?? 0} now, ${data.validation_rows} then`,
+    );
+  }
+  if ((await baseIdentity(files.folder)) !== base) {
+    changes.push(`the base model in ${printable(files.folder)} is another one: its configuration or weights differ`);
+  }
+  refuseChanges(path, changes);
+}
+
 /** A run whose files and data have been read. */
 export interface PreparedRun {
   readonly config: Config;
-  /** Dotted names of the keys that were given a value. */
-  readonly given: ReadonlySet<string>;
   readonly files: ModelFiles;
   readonly data: RunData;
+  /** The checkpoint to go on from. */
+  readonly from?: ResumePoint | undefined;
 }
 
 /**
@@ -164,30 +274,36 @@ const hopelessSteps = 25;
 class Run {
   readonly #context: CommandContext;
   readonly #config: Config;
-  readonly #given: ReadonlySet<string>;
   readonly #files: ModelFiles;
   readonly #data: RunData;
   readonly #device: Device;
   readonly #plan: Plan;
   readonly #args: TrainingArguments;
   readonly #total: number;
+  readonly #from: ResumePoint | undefined;
   readonly #started = new Date();
+  /** Identity of the base, for checkpoints. */
+  #base = '';
 
   constructor(context: CommandContext, run: PreparedRun, { device, plan }: { device: Device; plan: Plan }) {
     const { config } = run;
     this.#context = context;
     this.#config = config;
-    this.#given = run.given;
     this.#files = run.files;
     this.#data = run.data;
+    this.#from = run.from;
     this.#device = device;
     this.#plan = plan;
     const { lora: _lora, special_tokens: _tokens, data_seed, eval_steps, ...plain } = config;
-    const args: TrainingArguments = { ...plain, ...(data_seed === null ? {} : { data_seed }) };
+    const args = { ...plain, ...(data_seed === null ? {} : { data_seed }) };
     const { perEpoch, total } = totalSteps(run.data.train.examples.length, args);
     this.#total = total;
     const every = stepsOf(eval_steps ?? config.logging_steps, total);
-    this.#args = { ...args, eval_steps: { no: 0, steps: every, epoch: perEpoch }[config.eval_strategy] };
+    this.#args = {
+      ...args,
+      eval_steps: { no: 0, steps: every, epoch: perEpoch }[config.eval_strategy],
+      save_steps: { no: 0, steps: stepsOf(config.save_steps, total), epoch: perEpoch }[config.save_strategy],
+    };
   }
 
   async go(): Promise<void> {
@@ -202,12 +318,6 @@ class Run {
       warmupRatio: config.warmup_ratio,
     };
     for (const warning of scheduleWarnings(schedule)) ui.warn(warning);
-    const wantsCheckpoints = this.#given.has('save_strategy') || this.#given.has('save_steps');
-    if (config.save_strategy !== 'no' && (wantsCheckpoints || this.#total > stepsOf(config.save_steps, this.#total))) {
-      ui.note(
-        `save_strategy: ${config.save_strategy}: checkpoints in the middle of a run are not written yet; the adapter is saved at the end, and on Ctrl-C`,
-      );
-    }
     const model = await loadModel(this.#context, this.#device, this.#files, {
       dtype: config.fp16 ? 'float16' : config.dtype,
       quantization: config.load_in_4bit ? 'nf4' : undefined,
@@ -222,17 +332,22 @@ class Run {
       }),
       { seed: config.seed },
     );
+    await this.#takeUp(model, adapter);
+    this.#base = this.#from?.progress.base ?? (await baseIdentity(this.#files.folder));
     this.#header(model, adapter, warmupStepCount(schedule));
     const collate: CollateOptions = { padTokenId: tokenizer.padTokenId ?? tokenizer.eosTokenId ?? 0 };
-    const before = validation === undefined ? undefined : await this.#evaluate(model, validation.examples, collate);
+    let before: Evaluation | undefined;
+    if (this.#from !== undefined) before = this.#from.progress.before ?? undefined;
+    else {
+      if (validation !== undefined) before = await this.#evaluate(model, validation.examples, collate);
+      await clearOutputFolder(config.output_dir);
+    }
     if (before !== undefined) this.#showEvaluation('before', before);
-
-    await clearOutputFolder(config.output_dir);
     const logPath = join(config.output_dir, 'train_log.jsonl');
-    const log = await openJsonLines(logPath);
+    const log = await openJsonLines(logPath, this.#from?.log);
     let course: Course;
     try {
-      course = await this.#train(model, adapter, collate, log);
+      course = await this.#train({ model, adapter, collate, log, before });
     } finally {
       await log.close();
       // A run that failed before it logged anything leaves nothing.
@@ -254,10 +369,94 @@ class Run {
     }
     this.#finish(last, { before, after });
     if (signal.aborted) {
+      const { saved } = course;
+      const next =
+        saved === undefined
+          ? 'There is no checkpoint to go on from: use it as it is, or start again with --overwrite'
+          : `Go on${saved.step === last.step ? '' : ` from step ${saved.step}`} with: lorikeet train --resume ${shellQuoted(saved.path)}`;
       throw new InterruptedError(
-        `stopped after step ${last.step} of ${this.#total}; the adapter as it is now lies in ${config.output_dir}. Going on from it is not supported yet: use it as it is, or start again with --overwrite`,
+        `stopped after step ${last.step} of ${this.#total}; the adapter as it is now lies in ${config.output_dir}. ${next}`,
       );
     }
+  }
+
+  /** Gives the adapter the values of the checkpoint that the run goes on from. */
+  async #takeUp(model: Mistral, adapter: Adapter): Promise<void> {
+    if (this.#from === undefined) return;
+    const { path, step, progress } = this.#from;
+    const dtype = dtypeName(model);
+    refuseChanges(path, dtype === progress.dtype ? [] : [`dtype is ${dtype} but was ${progress.dtype}`]);
+    await adapter.load(openFolder(path));
+    const { ui } = this.#context;
+    const device = deviceName(this.#device);
+    for (const [what, is, was] of [
+      ['the device', device, progress.device],
+      ['the version of this program', version(), progress.version],
+    ]) {
+      if (is !== was) ui.warn(`${what} is ${is} but was ${was}: the last bits of losses and weights may differ`);
+    }
+    ui.note(`going on from step ${step} of ${this.#total} (${printable(path)})`);
+  }
+
+  /** Writes a checkpoint and removes old ones. */
+  async #checkpoint(
+    record: CheckpointRecord,
+    { model, adapter, before }: Pick<Training, 'model' | 'adapter' | 'before'>,
+    { since, last, barren }: { since: LogWindow; last: Progressed; barren: number },
+  ): Promise<string> {
+    const config = this.#config;
+    const { train: trained, validation, tokenizer, template } = this.#data;
+    const earlier = this.#from;
+    const progress: RunProgress = {
+      config: { ...config },
+      base: this.#base,
+      dtype: dtypeName(model),
+      device: deviceName(this.#device),
+      version: version(),
+      data: {
+        train_rows: trained.report.kept,
+        train_hash: fingerprint(trained.examples),
+        validation_rows: validation?.report.kept ?? 0,
+        validation_hash: validation === undefined ? null : fingerprint(validation.examples),
+      },
+      before: before ?? null,
+      window: since.sums,
+      last,
+      started: earlier?.progress.started ?? this.#started.toISOString(),
+      wall_seconds: this.#wallSeconds(),
+      barren,
+      resumed: this.#resumed(),
+    };
+    const caller: JsonValue = parseJson(JSON.stringify(progress), 'progress');
+    const path = checkpointPath(config.output_dir, record.step);
+    await writeCheckpointFolder(path, async (folder) => {
+      await writeTokenizer(folder, tokenizer);
+      const resolved: Config = {
+        ...config,
+        dtype: dtypeName(model),
+        prompt_template: config.prompt_template ?? template.name,
+        resume_from_checkpoint: null,
+      };
+      await writeFileAtomic(join(folder, 'run.yaml'), dumpConfig(resolved));
+      await copyFile(join(config.output_dir, 'train_log.jsonl'), join(folder, 'train_log.jsonl'));
+      await adapter.save(createFolder(folder));
+      await record.write(createFolder(folder), caller);
+    });
+    await rotateCheckpoints(config.output_dir, config.save_total_limit ?? Infinity, {
+      newest: record.step,
+      best: record.bestStep,
+    });
+    return path;
+  }
+
+  /** Seconds since the run was first begun, without the time in which it lay still. */
+  #wallSeconds(): number {
+    return (this.#from?.progress.wall_seconds ?? 0) + (Date.now() - this.#started.getTime()) / 1000;
+  }
+
+  /** Steps at which the run was gone on with. */
+  #resumed(): number[] {
+    return this.#from === undefined ? [] : [...this.#from.progress.resumed, this.#from.step];
   }
 
   #header(model: Mistral, adapter: Adapter, warmup: number): void {
@@ -339,15 +538,26 @@ class Run {
     );
   }
 
-  async #train(model: Mistral, adapter: Adapter, collate: CollateOptions, log: JsonLinesLog): Promise<Course> {
+  async #train(training: Training): Promise<Course> {
+    const { model, adapter, collate, log } = training;
     const { ui, signal } = this.#context;
+    const from = this.#from;
     const every = stepsOf(this.#config.logging_steps, this.#total);
     const progress = ui.progress('training', { total: this.#total });
-    const since = new LogWindow();
+    const since = new LogWindow(from?.progress.window);
     let evalBar: Progress | undefined;
-    let last: StepRecord | undefined;
+    let last: Progressed | undefined = from?.progress.last;
+    let unlogged: StepRecord | undefined;
     let evaluation: Evaluation | undefined;
-    let barren = 0;
+    let barren = from?.progress.barren ?? 0;
+    let saved: Course['saved'] = from;
+    const logSteps = async (record: StepRecord): Promise<void> => {
+      const entry = since.entry(record);
+      unlogged = undefined;
+      await log.append(entry);
+      if (ui.json) ui.data({ event: 'log', ...entry });
+      ui.line(stepLine(record, entry));
+    };
     const { validation, train: trained } = this.#data;
     try {
       for await (const record of train({
@@ -358,6 +568,7 @@ class Run {
         evalDataset: validation?.examples,
         collate,
         signal,
+        resume: from === undefined ? undefined : openFolder(from.path),
         onEvalProgress: (rows, total) => {
           evalBar ??= ui.progress('evaluating', { total });
           evalBar.update(rows);
@@ -373,34 +584,43 @@ class Run {
           this.#showEvaluation(`at step ${record.step}`, record);
           continue;
         }
-        if (record.kind === 'checkpoint') continue;
-        last = record;
+        if (record.kind === 'checkpoint') {
+          if (last === undefined) throw new CliError('a checkpoint came before the first step');
+          const path = await this.#checkpoint(record, training, { since, last, barren });
+          saved = { step: record.step, path };
+          if (ui.json) ui.data({ event: 'checkpoint', step: record.step, path });
+          else ui.line(`checkpoint saved: ${printable(path)}`);
+          continue;
+        }
+        const { step, skippedSteps, peakBytes, seconds } = record;
+        last = { step, skippedSteps, peakBytes, seconds };
+        unlogged = record;
         since.add(record);
         progress.update(record.step, `loss ${formatNumber(record.loss)}`);
         barren = record.skipped || !Number.isFinite(record.loss) ? barren + 1 : 0;
         if (barren >= hopelessSteps) {
           throw new CliError(
             `${barren} steps in a row up to step ${record.step} had a loss or gradient that is not finite (loss ${record.loss}, loss scale ${record.lossScale})`,
-            { fix: 'Lower learning_rate, or use dtype float32. Nothing was saved.' },
+            {
+              fix: `Lower learning_rate, or use dtype float32. ${saved === undefined ? 'Nothing was saved.' : `The last checkpoint is ${saved.path}.`}`,
+            },
           );
         }
-        if (record.step % every !== 0 && record.step !== this.#total && !signal.aborted) continue;
-        const entry = since.entry(record);
-        await log.append(entry);
-        if (ui.json) ui.data({ event: 'log', ...entry });
-        ui.line(stepLine(record, entry));
+        if (step % every === 0 || step === this.#total) await logSteps(record);
       }
+      // Not before the checkpoint, whose log is that of a run that was not stopped.
+      if (unlogged !== undefined) await logSteps(unlogged);
     } finally {
       evalBar?.done();
       progress.done();
     }
-    return { last, evaluation };
+    return { last, evaluation, saved };
   }
 
   async #save(
     model: Mistral,
     adapter: Adapter,
-    last: StepRecord,
+    last: Progressed,
     { before, after }: { before: Evaluation | undefined; after: Evaluation | undefined },
   ): Promise<void> {
     const config = this.#config;
@@ -411,12 +631,14 @@ class Run {
       dtype: dtypeName(model),
       // The data's columns chose it; the same is to be used whatever columns come later.
       prompt_template: config.prompt_template ?? template.name,
+      resume_from_checkpoint: null,
     };
     const results = (value: Evaluation | undefined): Record<string, number> | undefined =>
       value === undefined
         ? undefined
         : { eval_loss: value.loss, eval_mean_token_accuracy: value.tokenAccuracy, eval_tokens: value.supervisedTokens };
-    const seconds = (Date.now() - this.#started.getTime()) / 1000;
+    const seconds = this.#wallSeconds();
+    const resumed = this.#resumed();
     await writeRunFiles(config.output_dir, {
       adapter,
       tokenizer,
@@ -441,8 +663,9 @@ class Run {
       ...(after === undefined ? {} : { evaluation: { before: results(before), after: results(after) } }),
       record: {
         status: last.step < this.#total ? 'interrupted' : 'done',
-        started: this.#started.toISOString(),
+        started: this.#from?.progress.started ?? this.#started.toISOString(),
         seconds,
+        ...(resumed.length === 0 ? {} : { resumed_from_steps: resumed }),
         step: last.step,
         total_steps: this.#total,
         skipped_steps: last.skippedSteps,
@@ -478,7 +701,7 @@ class Run {
   }
 
   #finish(
-    last: StepRecord,
+    last: Progressed,
     { before, after }: { before: Evaluation | undefined; after: Evaluation | undefined },
   ): void {
     const { ui, signal } = this.#context;
@@ -545,8 +768,22 @@ function firstFields(fields: Readonly<Record<string, unknown>>): Record<string, 
 
 /** How training went: its last step, and the evaluation that followed it if there was one. */
 interface Course {
-  readonly last: StepRecord | undefined;
+  readonly last: Progressed | undefined;
   readonly evaluation: Evaluation | undefined;
+  /** The newest checkpoint. */
+  readonly saved: { readonly step: number; readonly path: string } | undefined;
+}
+
+/** How far the run has got. */
+type Progressed = Pick<StepRecord, 'step' | 'skippedSteps' | 'peakBytes' | 'seconds'>;
+
+/** What the loop works with. */
+interface Training {
+  readonly model: Mistral;
+  readonly adapter: Adapter;
+  readonly collate: CollateOptions;
+  readonly log: JsonLinesLog;
+  readonly before: Evaluation | undefined;
 }
 
 function dtypeName(model: Mistral): 'float32' | 'float16' {
@@ -571,40 +808,41 @@ interface LogEntry {
 
 /** Sums over the steps since the last log line. */
 class LogWindow {
-  #supervised = 0;
-  #loss = 0;
-  #right = 0;
-  #tokens = 0;
-  #seconds = 0;
-  #allTokens = 0;
+  readonly sums: RunProgress['window'];
+
+  constructor(sums: RunProgress['window'] = { supervised: 0, loss: 0, right: 0, tokens: 0, seconds: 0, allTokens: 0 }) {
+    this.sums = { ...sums };
+  }
 
   add(record: StepRecord): void {
-    this.#supervised += record.supervisedTokens;
-    this.#loss += record.loss * record.supervisedTokens;
-    this.#right += record.tokenAccuracy * record.supervisedTokens;
-    this.#tokens += record.tokens;
-    this.#allTokens += record.tokens;
+    const { sums } = this;
+    sums.supervised += record.supervisedTokens;
+    sums.loss += record.loss * record.supervisedTokens;
+    sums.right += record.tokenAccuracy * record.supervisedTokens;
+    sums.tokens += record.tokens;
+    sums.allTokens += record.tokens;
     // The record's own time, since evaluations lie between the records.
-    this.#seconds += record.tokens / record.tokensPerSecond;
+    sums.seconds += record.tokens / record.tokensPerSecond;
   }
 
   /** The line of the steps so far; the next one begins anew. */
   entry(record: StepRecord): LogEntry {
+    const { sums } = this;
     const entry: LogEntry = {
       step: record.step,
       epoch: record.epoch,
-      loss: this.#loss / this.#supervised,
-      mean_token_accuracy: this.#right / this.#supervised,
+      loss: sums.loss / sums.supervised,
+      mean_token_accuracy: sums.right / sums.supervised,
       grad_norm: record.gradNorm,
       learning_rate: record.learningRate,
-      num_tokens: this.#allTokens,
-      tokens_per_second: this.#tokens / this.#seconds,
+      num_tokens: sums.allTokens,
+      tokens_per_second: sums.tokens / sums.seconds,
       peak_memory_bytes: record.peakBytes,
       loss_scale: record.lossScale,
       skipped_steps: record.skippedSteps,
       seconds: record.seconds,
     };
-    this.#supervised = this.#loss = this.#right = this.#tokens = this.#seconds = 0;
+    sums.supervised = sums.loss = sums.right = sums.tokens = sums.seconds = 0;
     return entry;
   }
 }
