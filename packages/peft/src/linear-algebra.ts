@@ -74,7 +74,8 @@ export function qr(a: HostMatrix): { q: HostMatrix; r: HostMatrix } {
   for (let j = 0; j < k; j++) {
     const at = j * rows;
     const norm = Math.sqrt(dot(w, at + j, at + j, rows - j));
-    if (norm === 0 || rows - j === 1) {
+    // What is so small is nothing: the square of its inverse would be infinite.
+    if (norm < 1e-150 || rows - j === 1) {
       heads[j] = w[at + j];
       continue;
     }

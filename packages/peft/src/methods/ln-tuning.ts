@@ -12,6 +12,8 @@ import {
 } from '../format.js';
 import { SavedNorm } from '../saved-module.js';
 
+const norms = ['input_layernorm', 'post_attention_layernorm', 'norm'];
+
 /** A norm tuning configuration; keys and defaults are those of PEFT 0.15. */
 export interface LnTuningConfig extends PeftFileConfig {
   readonly peft_type: 'LN_TUNING';
@@ -27,15 +29,15 @@ const isLnTuning = (config: AdapterConfig): config is LnTuningConfig => config.p
  * @throws FormatError that lists everything that is wrong
  */
 export function lnTuningConfig(options: LnTuningOptions = {}): LnTuningConfig {
-  return readPeftConfig(configObject('LN_TUNING', options), 'lnTuningConfig', 'LN_TUNING', () => ({}));
+  // PEFT knows no default for Mistral, so a file names them.
+  const object = configObject('LN_TUNING', { target_modules: norms, ...options });
+  return readPeftConfig(object, 'lnTuningConfig', 'LN_TUNING', () => ({}));
 }
 
 function wrap(layer: Module, { path }: WrapContext): AdaptedModule {
   if (!(layer instanceof RMSNorm)) throw new AdapterError(`LN_TUNING cannot wrap ${path}; it takes norms`);
   return new SavedNorm(layer, 'ln_tuning_layers.weight');
 }
-
-const norms = ['input_layernorm', 'post_attention_layernorm', 'norm'];
 
 /** The weights of the norms, trained. */
 export const lnTuning: PeftMethod = definePeft({
