@@ -6,15 +6,22 @@ import { getLlama, LlamaLogLevel } from 'node-llama-cpp';
 
 /**
  * @typedef {{
- *   model: string, adapter?: string, prompts: string[], maxTokens: number, tokenizeOnly?: string[]
+ *   model: string, vocabOnly?: boolean, adapter?: string, prompts: string[], maxTokens: number, tokenizeOnly?: string[]
  * }} Request
  */
 
 /** @type {Request} */
-const { model: modelPath, adapter, prompts, maxTokens, tokenizeOnly = [] } = JSON.parse(process.argv[2]);
+const {
+  model: modelPath,
+  vocabOnly = false,
+  adapter,
+  prompts,
+  maxTokens,
+  tokenizeOnly = [],
+} = JSON.parse(process.argv[2]);
 
 const llama = await getLlama({ gpu: false, build: 'never', skipDownload: true, logLevel: LlamaLogLevel.error });
-const model = await llama.loadModel({ modelPath, gpuLayers: 0 });
+const model = await llama.loadModel({ modelPath, vocabOnly, gpuLayers: 0 });
 const answers = [];
 for (const prompt of prompts) {
   // The cache in F32: what is compared is the files, not a rounding of the runtime.

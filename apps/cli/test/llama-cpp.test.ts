@@ -9,10 +9,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
-import { mistralTensors, parseMistralConfig, Tokenizer } from '@lorikeet/mistral';
+import { ggufTokenizer, mistralTensors, parseMistralConfig, Tokenizer } from '@lorikeet/mistral';
 import { hashString, Random } from '@lorikeet/nn';
 import { loraConfig, ranksOf, writeLoraFile } from '@lorikeet/peft';
-import { createFolder } from '@lorikeet/tensor/node';
+import { type GgufValue, writeGguf } from '@lorikeet/tensor';
+import { createFile, createFolder } from '@lorikeet/tensor/node';
 import { sharedDir } from '@lorikeet/testing';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { cli } from './tiny-model.js';
@@ -46,6 +47,7 @@ interface LlamaResult {
 /** Runs llama.cpp in a process of its own: a file that it does not like may end it. */
 async function llama(request: {
   readonly model: string;
+  readonly vocabOnly?: boolean;
   readonly adapter?: string;
   readonly prompts: readonly string[];
   readonly tokenizeOnly?: readonly string[];
@@ -182,5 +184,111 @@ describe.skipIf(!runs).each(models)(`llama.cpp and $name${unsupported}`, ({ mode
     const { answers } = await llama({ model: eight.file, prompts: [prompt] });
     expect(answers[0].text.trim().length).toBeGreaterThan(10);
     expect(answers[0].tokens.slice(0, 3)).toEqual(adapted.tokens.slice(0, 3));
+  });
+});
+
+/** The characters that stand for bytes in byte-level vocabularies. */
+function byteAlphabet(): string[] {
+  let next = 0x100;
+  return Array.from({ length: 256 }, (_, byte) => {
+    const printable = (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
+    return String.fromCharCode(printable ? byte : next++);
+  });
+}
+
+/** Merges of all neighbours of a text, over the borders of words too, so that every cut shows in the tokens. */
+function mergesOf(text: string): [string, string][] {
+  const alphabet = byteAlphabet();
+  const pieces = Array.from(new TextEncoder().encode(text), (byte) => alphabet[byte]);
+  const pairs = new Map<string, [string, string]>();
+  for (let i = 1; i < pieces.length; i++) pairs.set(pieces[i - 1] + pieces[i], [pieces[i - 1], pieces[i]]);
+  return [...pairs.values()];
+}
+
+const cutTexts: readonly string[] = [
+  "xY aBc 9876's 5'S ?/\n/ .\n\n!",
+  "I'll say it's WON'T, don't we've; they'RE 12345 x 67, $3.14 and 10%.",
+  'Tabs\t\tand\n\n\nlines  \r\n  end   ',
+  '  two leading, HTTPServer camelCase SNAKE_case ÄÖÜ naïve Ünïcode',
+  'path/to//file: a/b\n/c; (x+y)*z != [0]... "quoted" — dash',
+  '日本語のテキスト and Русский текст, ελληνικά 😀😀 ٣٤٥',
+];
+
+const bytes = (regex: boolean): object => ({ type: 'ByteLevel', add_prefix_space: false, use_regex: regex });
+const split = (Regex: string): object => ({
+  type: 'Sequence',
+  pretokenizers: [{ type: 'Split', pattern: { Regex }, behavior: 'Isolated', invert: false }, bytes(false)],
+});
+const words = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|";
+const others = '| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+';
+const [lower, upper] = ['[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]', '[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]'];
+const tekken =
+  `[^\\r\\n\\p{L}\\p{N}]?${upper}*${lower}+|[^\\r\\n\\p{L}\\p{N}]?${upper}+${lower}*|\\p{N}|` +
+  ' ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+';
+
+const byteLevels: [name: string, preTokenizer: object, ignoreMerges: boolean][] = [
+  ['gpt-2', bytes(true), false],
+  ['smollm', { type: 'Sequence', pretokenizers: [{ type: 'Digits', individual_digits: true }, bytes(true)] }, false],
+  ['qwen2', split(`${words}\\p{N}${others}`), false],
+  ['llama-bpe', split(`${words}\\p{N}{1,3}${others}`), true],
+  ['tekken', split(tekken), true],
+];
+
+describe.skipIf(!runs)(`byte-level tokenizers in llama.cpp${unsupported}`, () => {
+  let folder: string;
+  const merges = mergesOf(cutTexts.join(''));
+  beforeAll(async () => {
+    folder = await mkdtemp(join(tmpdir(), 'lorikeet-bytes-'));
+  });
+  afterAll(() => rm(folder, { recursive: true, force: true }));
+
+  /** Ids of the texts by each of them, as they come. */
+  const seen = new Map<string, string>();
+
+  it.each(byteLevels)('%s: the same ids, word by word', async (name, preTokenizer, ignoreMerges) => {
+    const pieces = [...new Set([...byteAlphabet(), ...merges.map(([left, right]) => left + right)])];
+    const tokenizer = Tokenizer.fromFiles({
+      tokenizerJson: {
+        added_tokens: [
+          { id: pieces.length, content: '<s>', special: true },
+          { id: pieces.length + 1, content: '</s>', special: true },
+        ],
+        normalizer: null,
+        pre_tokenizer: preTokenizer,
+        post_processor: null,
+        decoder: { type: 'ByteLevel' },
+        model: {
+          type: 'BPE',
+          vocab: Object.fromEntries(pieces.map((piece, id) => [piece, id])),
+          merges,
+          ignore_merges: ignoreMerges,
+        },
+      },
+      tokenizerConfig: { bos_token: '<s>', eos_token: '</s>' },
+    });
+    const rows = pieces.length + 2;
+    const warnings: string[] = [];
+    const keys = ggufTokenizer(tokenizer, rows, { onWarning: (message) => warnings.push(message) });
+    expect(keys.get('tokenizer.ggml.pre')?.value).toBe(name);
+    expect(warnings).toEqual([]);
+    const u32 = (value: number): GgufValue => ({ type: 'u32', value });
+    const file = await createFile(join(folder, `${name}.gguf`));
+    const sizes = ['block_count', 'context_length', 'embedding_length', 'feed_forward_length', 'attention.head_count'];
+    await writeGguf(
+      file,
+      new Map<string, GgufValue>([
+        ['general.architecture', { type: 'string', value: 'llama' }],
+        ...sizes.map((key): [string, GgufValue] => [`llama.${key}`, u32(1)]),
+        ['llama.attention.layer_norm_rms_epsilon', { type: 'f32', value: 1e-5 }],
+        ...keys,
+      ]),
+      [],
+    );
+    await file.close();
+    const { tokenized } = await llama({ model: file.name, vocabOnly: true, prompts: [], tokenizeOnly: cutTexts });
+    expect(tokenized).toEqual(cutTexts.map((text) => tokenizer.encode(text)));
+    // No two of them cut alike: a wrong name would show.
+    expect([...seen.values()]).not.toContain(JSON.stringify(tokenized));
+    seen.set(name, JSON.stringify(tokenized));
   });
 });

@@ -38,6 +38,6 @@ export { isQuantized, type Quantization, quantizationProblem } from './quantizat
 export { type SaveOptions, saveMistral } from './save.js';
 export { type GgufOptions, type GgufReport, writeMistralGguf } from './gguf.js';
 export { ggufHeadRows, ggufModuleName, ggufRows } from './gguf-names.js';
-export type { GgufTokenizerOptions } from './gguf-tokenizer.js';
+export { ggufTokenizer, type GgufTokenizerOptions } from './gguf-tokenizer.js';
 export { type Generated, type GenerateOptions, generate } from './generate.js';
 export { Attention, Block, type BlockContext, type HiddenOptions, Mistral, MistralModel, Mlp } from './model.js';
