@@ -34,7 +34,7 @@ export {
 export type { HostFactors } from './lora-init.js';
 export { doraScale, doraScaleOp } from './dora-scale.js';
 export { SavedEmbedding, SavedLinear, SavedNorm } from './saved-module.js';
-export { MergedWeight } from './merged-weight.js';
+export { MergedWeight, storedLike, wideCopy } from './merged-weight.js';
 export { tokenIndices, TokenEmbedding, TokenLinear, TokenRows } from './token-rows.js';
 export { type LoraFile, type LoraUpdate, readLoraFile, writeLoraFile } from './lora-file.js';
 export { readMlxAdapter, writeMlxAdapter } from './mlx.js';

@@ -122,6 +122,7 @@ export class Ia3Linear extends PeftLayer {
     this.#merged.unmerge();
   }
 
+  /** Forms the update. */
   async updateNorm(): Promise<number> {
     const square = scope(() => {
       const weight = this.#merged.original;
