@@ -12,6 +12,7 @@ export interface GgufTokenizerOptions {
   readonly chatTemplate?: string | undefined;
   /** llama.cpp's name of the pre-tokenizer of a byte-level BPE that is not known here, such as `qwen2`. */
   readonly preTokenizer?: string | undefined;
+  /** What llama.cpp would do otherwise. */
   readonly onWarning?: ((message: string) => void) | undefined;
 }
 
@@ -72,10 +73,9 @@ export function ggufTokenizer(
   }
   // What stands around an empty text is what the post-processor adds.
   const frame = tokenizer.encode('');
-  const [addsBos, addsEos] = [
-    ids.bos !== undefined && frame[0] === ids.bos,
-    ids.eos !== undefined && frame.at(-1) === ids.eos,
-  ];
+  const addsBos = ids.bos !== undefined && frame[0] === ids.bos;
+  // One token may be both, and stands there once then.
+  const addsEos = ids.eos !== undefined && frame.length > Number(addsBos) && frame.at(-1) === ids.eos;
   if (frame.length !== Number(addsBos) + Number(addsEos)) {
     warn(
       `the tokenizer puts ${frame.map((id) => show(tokenizer.idToToken(id))).join(', ')} around a text; GGUF can say the tokens of begin and end alone`,

@@ -136,6 +136,18 @@ describe('tokenizer', () => {
     });
   });
 
+  it('a token that begins and ends texts and stands there once begins them', () => {
+    const files = baseTokenizer().toFiles();
+    const tokenizer = Tokenizer.fromFiles({
+      tokenizerJson: files['tokenizer.json'],
+      tokenizerConfig: { ...files['tokenizer_config.json'], eos_token: '<s>' },
+    });
+    const keys = ggufTokenizer(tokenizer, 2048);
+    expect(keys.get('tokenizer.ggml.eos_token_id')?.value).toBe(1);
+    expect(keys.get('tokenizer.ggml.add_bos_token')?.value).toBe(true);
+    expect(keys.get('tokenizer.ggml.add_eos_token')?.value).toBe(false);
+  });
+
   it('knows pre-tokenizers by what they do, and refuses others', () => {
     const name = (pre: unknown, more: object = {}): unknown =>
       ggufTokenizer(byteLevel(pre, more), 8).get('tokenizer.ggml.pre')?.value;
@@ -179,7 +191,7 @@ const create = (options: MistralOptions = {}): Promise<Mistral> =>
 
 describe('model', () => {
   it('F32: every weight under its name, q and k in the other order', async () => {
-    const model = await create();
+    const model = await create({ pad_token_id: 5 });
     let last = 0;
     const { file, report, warnings } = await written(model, 'F32', {
       name: 'tiny',
@@ -192,6 +204,8 @@ describe('model', () => {
     expect(report).toMatchObject({ tensors: 12, bytes: last, fallbacks: [] });
     expect(file.metadata.get('general.architecture')?.value).toBe('llama');
     expect(file.metadata.get('llama.attention.head_count_kv')).toEqual({ type: 'u32', value: 2 });
+    // The tokenizer names its own before the configuration's.
+    expect(file.metadata.get('tokenizer.ggml.padding_token_id')?.value).toBe(259);
     expect(file.tensors.size).toBe(12);
     for (const [path, tensor] of model.namedParameters()) {
       const module = path.replace(/\.weight$/, '');

@@ -64,6 +64,15 @@ function hyperparameters(config: MistralConfig): Map<string, GgufValue> {
   ]);
 }
 
+function configuredTokens(config: MistralConfig): [string, GgufValue][] {
+  const ids = { bos: config.bos_token_id, eos: config.eos_token_id.at(0), padding: config.pad_token_id };
+  return Object.entries(ids).flatMap(([name, value]): [string, GgufValue][] =>
+    typeof value === 'number' && value < config.vocab_size
+      ? [[`tokenizer.ggml.${name}_token_id`, { type: 'u32', value }]]
+      : [],
+  );
+}
+
 /**
  * Writes a model and its tokenizer as one GGUF file. Weights are read back in slices; what is in 4 bits on the device is
  * restored first, matrix by matrix. The caller closes the sink, or aborts it where this rejects.
@@ -87,6 +96,8 @@ export async function writeMistralGguf(
     ['general.file_type', { type: 'u32', value: fileTypes[type] }],
     ['general.quantization_version', { type: 'u32', value: 2 }],
     ...hyperparameters(config),
+    // Where the tokenizer does not name them, the model's configuration may.
+    ...configuredTokens(config),
     ...ggufTokenizer(tokenizer, config.vocab_size, options),
   ]);
   if (config.sliding_window !== null && config.sliding_window < config.max_position_embeddings) {
