@@ -500,7 +500,11 @@ describe('train', () => {
     })) {
       records.push(record);
     }
-    expect(records.map((record) => (record.kind === 'checkpoint' ? undefined : record.loss))).toEqual([Number.NaN, Number.NaN, Number.NaN]);
+    expect(records.map((record) => (record.kind === 'checkpoint' ? undefined : record.loss))).toEqual([
+      Number.NaN,
+      Number.NaN,
+      Number.NaN,
+    ]);
     expect(records[1]).toMatchObject({ skipped: true, skippedSteps: 2 });
     model.dispose();
   });
