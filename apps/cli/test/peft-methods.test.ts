@@ -51,6 +51,26 @@ describe('trainable parameters of Mistral-7B, planned', () => {
   });
 });
 
+it("DoRA over a base in 4 bits needs no matrix in f32: WebGPU's guaranteed limits do, also for a step", async () => {
+  const planned = planDevice();
+  const dtypeOf = (path: string): 'f16' | 'nf4' => (path.endsWith('_proj.weight') ? 'nf4' : 'f16');
+  const config = mistralConfig({ num_hidden_layers: 2 });
+  const model = await Mistral.create(config, new EmptyWeights(planned, dtypeOf), { dtype: 'f16' });
+  const live = planned.stats().liveBytes;
+  const adapter = injectAdapter(model, loraConfig({ r: 16, target_modules: projections, use_dora: true }));
+  const vectors = 2 * 2 * 4 * (1_376_256 / 32);
+  expect(planned.stats().liveBytes - live).toBe(2 * 4 * (41_943_040 / 32) + vectors);
+  const ids = new Int32Array(64);
+  const stepper = new Stepper(model, adapter.parameters(), {
+    learningRates: new Float32Array(1),
+    gradient_checkpointing: true,
+  });
+  const spans = Int32Array.from([0, 64]);
+  await stepper.step([{ ids, labels: ids, spans, B: 1, T: 64, supervised: 63, rows: [0] }]);
+  model.dispose();
+  planned.destroy();
+});
+
 it('a whole head that the device cannot bind is refused, with the way out', async () => {
   const planned = planDevice();
   const model = await Mistral.create(mistralConfig({}), new EmptyWeights(planned, () => 'f16'), { dtype: 'f16' });

@@ -1,14 +1,5 @@
 /** The factors of DoRA's outputs, without forming W + s B A. */
-import {
-  defineKernel,
-  defineOp,
-  dequantize,
-  type Device,
-  gemm,
-  isQuantized,
-  type Op,
-  type Tensor,
-} from '@lorikeet/tensor';
+import { defineKernel, defineOp, type Device, gemm, type Op, type Tensor } from '@lorikeet/tensor';
 
 const squaresKernel = defineKernel({
   name: 'row_squares',
@@ -32,11 +23,10 @@ fn kernel(group: u32, lane: u32) {
 
 /** @internal Squares of the rows' lengths, f32. weight: [O, D] in any float type or NF4 -> [O] */
 export function rowSquares(weight: Tensor): Tensor {
-  const wide = isQuantized(weight.dtype) ? dequantize(weight) : weight;
   const { device } = weight;
   const out = device.empty([weight.shape[0]], 'f32');
   let first = 0;
-  for (const part of wide.parts) {
+  for (const part of weight.parts) {
     const rows = part.shape[0];
     // The last part writes the pad lanes, too.
     const end = first + rows === out.columns ? out.pitch - first : rows;

@@ -1,5 +1,5 @@
 /** What every method must show, on the net of the fixtures. */
-import { type Device, keep, memorySource, openSafetensors, scope, type Tensor } from '@lorikeet/tensor';
+import { type Device, memorySource, openSafetensors } from '@lorikeet/tensor';
 import { relativeError } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import { type Adapter, injectAdapter, loadAdapter } from '../src/adapter.js';
@@ -14,7 +14,7 @@ export interface MethodCheck {
   readonly config: AdapterConfig;
   /** The fixture's name of a parameter by its name in the file. */
   readonly fixtureName?: (key: string) => string;
-  /** The shape that the file must have it in, where the fixture has another. */
+  /** False for methods that are no change of a weight. Default true. */
   readonly mergeable?: boolean;
 }
 
@@ -158,9 +158,4 @@ export function checkMethod(device: Device, check: MethodCheck): void {
     if (storage !== 'nf4') expect(device.stats().liveBytes).toBe(own);
     net.dispose();
   });
-}
-
-/** A tensor of its own with these values. */
-export function kept(device: Device, data: ArrayLike<number>, shape: readonly number[]): Tensor {
-  return scope(() => keep(device.fromArray(data, shape)));
 }

@@ -1,6 +1,6 @@
 import { testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
-import { checkMethod } from '../../test/method-checks.js';
+import { checkMethod, move } from '../../test/method-checks.js';
 import { MethodNet } from '../../test/method-net.js';
 import { memoryFolder } from '../../test/tiny-model.js';
 import { injectAdapter } from '../adapter.js';
@@ -54,6 +54,18 @@ describe.each([
 });
 
 describe('files of bottleneck adapters', () => {
+  it('are all there is of them: they cannot be merged', async () => {
+    const net = new MethodNet(device);
+    const adapter = injectAdapter(net, bottleneckConfig('pfeiffer', { reduction_factor: 4 }));
+    await move(adapter);
+    const logits = await net.readLogits();
+    expect(() => adapter.merge()).toThrow('no linear map and cannot be merged');
+    expect(() => adapter.mergeAndUnload()).toThrow('no linear map and cannot be merged');
+    expect(adapter.merged).toBe(false);
+    expect(await net.readLogits()).toEqual(logits);
+    net.dispose();
+  });
+
   it('have the names and settings of AdapterHub', async () => {
     const net = new MethodNet(device);
     const config = bottleneckConfig('pfeiffer', { reduction_factor: 4, name: 'task' });
