@@ -271,6 +271,7 @@ const freeKeys: ReadonlySet<string> = new Set<keyof Config>([
   'eval_strategy',
   'eval_steps',
   'per_device_eval_batch_size',
+  'gradient_checkpointing',
   'memory_limit_gb',
   'device',
 ]);

@@ -270,7 +270,12 @@ describe('--resume', () => {
   it('allows what changes no bits, and names it; the data may lie elsewhere', async () => {
     await killed('allowed');
     await cp(at('train.jsonl'), at('moved.jsonl'));
-    const more = ['save_steps=50', 'per_device_eval_batch_size=4', `train_file=${at('moved.jsonl')}`];
+    const more = [
+      'save_steps=50',
+      'gradient_checkpointing=false',
+      'per_device_eval_batch_size=4',
+      `train_file=${at('moved.jsonl')}`,
+    ];
     const run = await cli(train('allowed', '--resume', ...more));
     expect(run.err).not.toContain('error');
     expect(run.err + run.out).toContain('save_steps is 50 but was 3');

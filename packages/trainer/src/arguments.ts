@@ -97,6 +97,7 @@ const rules: Readonly<Record<keyof TrainingArguments, Rule>> = {
 /** Settings that may change when a run goes on: the bits of its losses and weights do not hang on them. */
 const changeable: readonly string[] = [
   'per_device_eval_batch_size',
+  'gradient_checkpointing',
   'eval_steps',
   'eval_on_start',
   'save_steps',
