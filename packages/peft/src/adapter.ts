@@ -47,6 +47,10 @@ export interface AdaptedModule extends Module {
   adapterParameters(): Iterable<readonly [name: string, parameter: Tensor]>;
   /** What a file holds in place of the parameters, where that is something else. */
   exportedParameters?(): Promise<readonly ExportedParameter[] | undefined>;
+  /** The shapes of what `exportedParameters` gives, by name, where it gives something. */
+  exportedShapes?(): ReadonlyMap<string, readonly number[]> | undefined;
+  /** Takes values that `exportedParameters` gave, by name. */
+  importParameters?(values: ReadonlyMap<string, Float32Array>): void;
   /** The shape that a parameter has in the file, of as many elements, where that is another than its own. */
   fileShape?(name: string): readonly number[];
   /** Adds the update to the base weight, computed in f32. The original weight is kept, so that `unmerge` is exact. */
@@ -179,10 +183,10 @@ export class Adapter {
   }
 
   /** Parameters with their names and shapes in the file. */
-  *#stored(): Generator<{ key: string; parameter: Tensor; shape: readonly number[] }> {
+  *#stored(): Generator<{ path: string; key: string; parameter: Tensor; shape: readonly number[] }> {
     for (const [path, layer] of this.#layers) {
       for (const [name, parameter] of layer.adapterParameters()) {
-        yield { key: this.#key(path, name), parameter, shape: layer.fileShape?.(name) ?? parameter.shape };
+        yield { path, key: this.#key(path, name), parameter, shape: layer.fileShape?.(name) ?? parameter.shape };
       }
     }
   }
@@ -318,15 +322,28 @@ export class Adapter {
     if (source === undefined) throw new AdapterError(`${folder.name}: there is no ${name}`);
     const file = await openSafetensors(source);
     try {
-      const stored = [...this.#stored()];
-      checkAdapterKeys(
-        new Map(stored.map(({ key, shape }) => [key, shape])),
-        new Map([...file.tensors].map(([name, { shape }]) => [name, shape])),
-        file.name,
-      );
+      // A module takes what `save` wrote of it as well as its own parameters.
+      const exported = new Map<string, ReadonlyMap<string, readonly number[]>>();
+      for (const [path, layer] of this.#layers) {
+        const shapes = layer.exportedShapes?.();
+        const fits = ([name, shape]: readonly [string, readonly number[]]): boolean =>
+          file.tensors.get(this.#key(path, name))?.shape.join() === shape.join();
+        if (shapes !== undefined && [...shapes].every(fits)) exported.set(path, shapes);
+      }
+      const stored = [...this.#stored()].filter(({ path }) => !exported.has(path));
+      const expected = new Map(stored.map(({ key, shape }) => [key, shape]));
+      for (const [path, shapes] of exported) {
+        for (const [name, shape] of shapes) expected.set(this.#key(path, name), shape);
+      }
+      checkAdapterKeys(expected, new Map([...file.tensors].map(([name, { shape }]) => [name, shape])), file.name);
       for (const { key, parameter } of stored) {
         const values = await file.readFloats(key);
         scope(() => this.#device.copy(this.#device.fromArray(values, parameter.shape), parameter));
+      }
+      for (const [path, shapes] of exported) {
+        const values = new Map<string, Float32Array>();
+        for (const name of shapes.keys()) values.set(name, await file.readFloats(this.#key(path, name)));
+        this.#layers.get(path)?.importParameters?.(values);
       }
     } finally {
       await file.close();

@@ -3,9 +3,9 @@ import { relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { move } from '../test/method-checks.js';
 import { gradientsOf, initialisations, MethodNet, numbersAt, tenSteps } from '../test/method-net.js';
-import { memoryFolder } from '../test/tiny-model.js';
+import { type MemoryFolder, memoryFolder } from '../test/tiny-model.js';
 import { type Adapter, createAdapter, injectAdapter, loadAdapter } from './adapter.js';
-import { loraConfig, parseAdapterConfig } from './format.js';
+import { type LoraConfig, loraConfig, parseAdapterConfig } from './format.js';
 import { hostMatrix, product, transposed } from './linear-algebra.js';
 import './methods/lora.js';
 
@@ -74,6 +74,15 @@ describe.each(['pissa', 'pissa_niter_8', 'olora', 'orthogonal'])('init_lora_weig
   });
 });
 
+/** What a fresh adapter of a net like this saves. */
+async function memoryFolderOf(config: LoraConfig): Promise<MemoryFolder> {
+  const net = new MethodNet(device);
+  const folder = memoryFolder();
+  await injectAdapter(net, config).save(folder);
+  net.dispose();
+  return folder;
+}
+
 describe('starts', () => {
   it('PiSSA: scaling B A is the best approximation of its rank, exactly and by iteration', async () => {
     const wanted = numbersAt(initialisations, 'pissa_update');
@@ -113,6 +122,26 @@ describe('starts', () => {
     for (const gradient of gradients.values()) expect(Math.hypot(...gradient)).toBeGreaterThan(0);
     adapter.remove();
     expect(() => injectAdapter(net, { ...config, r: 3 })).toThrow('needs an even rank');
+    net.dispose();
+  });
+
+  it('a run with PiSSA goes on from what it saved, its own start included', async () => {
+    const net = new MethodNet(device);
+    const config = loraConfig({ ...low, init_lora_weights: 'pissa' });
+    const adapter = await createAdapter(net, config);
+    await move(adapter);
+    const before = await Promise.all([...adapter.parameters()].map(([, p]) => p.read()));
+    const logits = await net.readLogits();
+    const folder = memoryFolder();
+    await adapter.save(folder);
+    adapter.remove();
+    // Another start than the first one's, which the file must replace.
+    const again = await createAdapter(net, { ...config, init_lora_weights: 'olora' });
+    await again.load(folder);
+    expect(await Promise.all([...again.parameters()].map(([, p]) => p.read()))).toEqual(before);
+    expect(relativeError(await net.readLogits(), logits)).toBeLessThan(1e-6);
+    const other = await memoryFolderOf(loraConfig({ ...low, r: 3 }));
+    await expect(again.load(other)).rejects.toThrow('lora_A.weight is [3, 16], the model asks for [4, 16]');
     net.dispose();
   });
 

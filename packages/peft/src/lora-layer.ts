@@ -145,6 +145,34 @@ export class LoraLinear extends PeftLayer {
     ];
   }
 
+  /** The shapes of `exportedParameters`. */
+  exportedShapes(): ReadonlyMap<string, readonly number[]> | undefined {
+    if (this.#start === undefined) return undefined;
+    const [[r, width], [out]] = [this.lora_A.weight.shape, this.lora_B.weight.shape];
+    return new Map([
+      ['lora_A.weight', [2 * r, width]],
+      ['lora_B.weight', [out, 2 * r]],
+    ]);
+  }
+
+  /** Takes what `exportedParameters` gave: A and B, and the start besides. */
+  importParameters(values: ReadonlyMap<string, Float32Array>): void {
+    const [a, b] = [values.get('lora_A.weight'), values.get('lora_B.weight')];
+    const start = this.#start;
+    if (a === undefined || b === undefined || start === undefined) return;
+    const [r] = this.lora_A.weight.shape;
+    /** Columns of B from the given one on, times a factor. */
+    const half = (first: number, factor: number): Float32Array =>
+      Float32Array.from({ length: b.length / 2 }, (_, i) => factor * b[Math.floor(i / r) * 2 * r + first + (i % r)]);
+    const set = (data: Float32Array, to: Tensor): void => to.device.copy(to.device.fromArray(data, to.shape), to);
+    scope(() => {
+      set(a.subarray(0, a.length / 2), this.lora_A.weight);
+      set(a.subarray(a.length / 2), start.a);
+      set(half(0, 1), this.lora_B.weight);
+      set(half(r, this.scaling), start.b);
+    });
+  }
+
   override detach(): Module {
     this.#freeStart();
     this.merging.dispose();
