@@ -93,6 +93,38 @@ describe('SFTTrainer over Mistral', () => {
     for (const m of [model, again]) m.dispose();
   });
 
+  it('LoRA: goes on from a checkpoint in the middle to the same weights, bit for bit', async () => {
+    const run = async (resume?: ByteFolder): Promise<{ folders: ByteFolder[]; weights: Uint8Array }> => {
+      const model = await fresh();
+      const trainer = new SFTTrainer({
+        model,
+        args: { ...args, num_train_epochs: 4, save_steps: 2 },
+        train_dataset: examples,
+        peft_config: peftConfig({ r: 4, target_modules: 'all-linear', lora_dropout: 0.2 }),
+      });
+      const folders: ByteFolder[] = [];
+      await trainer.train({
+        resume_from_checkpoint: resume,
+        onCheckpoint: async (record) => {
+          const folder = memoryFolder();
+          await trainer.saveCheckpoint(record, folder);
+          folders.push(folder);
+        },
+      });
+      const end = memoryFolder();
+      await trainer.saveModel(end);
+      const file = await end.open('adapter_model.safetensors');
+      if (file === undefined) throw new Error('no adapter was written');
+      model.dispose();
+      return { folders, weights: await file.read(0, file.size) };
+    };
+    const whole = await run();
+    expect(whole.folders).toHaveLength(2);
+    const resumed = await run(whole.folders[0]);
+    expect(resumed.folders).toHaveLength(1);
+    expect(Buffer.from(resumed.weights).equals(Buffer.from(whole.weights))).toBe(true);
+  });
+
   it('all parameters, head tied: the loss falls, every one moves, the written model scores as the trained one', async () => {
     const model = await fresh();
     const weights = async (): Promise<Map<string, string>> => {

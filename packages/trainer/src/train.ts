@@ -335,15 +335,18 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
   const toBatch = collatorOf(options.collate);
   const sampler = new BatchSampler(trainDataset.length, { batchSize, seed: args.data_seed ?? seed, shuffle: true });
   const parameters = [...options.parameters];
-  const fixed = (): JsonObject => ({
-    ...fixedArguments(args),
-    loss_scale:
-      scaling === false ? null : { init: scaling.init ?? null, growthInterval: scaling.growthInterval ?? null },
-    model_dtype: model.dtype,
-    rows: trainDataset.length,
-    train_hash: fingerprint(trainDataset),
-    collate: collateSettings(options.collate),
-  });
+  let settings: JsonObject | undefined;
+  // Not before it is needed, and once: the fingerprint goes over all tokens.
+  const fixed = (): JsonObject =>
+    (settings ??= {
+      ...fixedArguments(args),
+      loss_scale:
+        scaling === false ? null : { init: scaling.init ?? null, growthInterval: scaling.growthInterval ?? null },
+      model_dtype: model.dtype,
+      rows: trainDataset.length,
+      train_hash: fingerprint(trainDataset),
+      collate: collateSettings(options.collate),
+    });
   const checkpoint = options.resume === undefined ? undefined : await openTrainerState(options.resume);
   const resumed = checkpoint?.state;
   let stepper: Stepper;

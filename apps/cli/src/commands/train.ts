@@ -282,8 +282,9 @@ class Run {
   readonly #total: number;
   readonly #from: ResumePoint | undefined;
   readonly #started = new Date();
-  /** Identity of the base, for checkpoints. */
+  /** Identity of the base and of the data, for checkpoints. */
   #base = '';
+  #hashes: { readonly train: string; readonly validation: string | null } | undefined;
 
   constructor(context: CommandContext, run: PreparedRun, { device, plan }: { device: Device; plan: Plan }) {
     const { config } = run;
@@ -415,9 +416,9 @@ class Run {
       version: version(),
       data: {
         train_rows: trained.report.kept,
-        train_hash: fingerprint(trained.examples),
+        train_hash: this.#dataHashes().train,
         validation_rows: validation?.report.kept ?? 0,
-        validation_hash: validation === undefined ? null : fingerprint(validation.examples),
+        validation_hash: this.#dataHashes().validation,
       },
       before: before ?? null,
       window: since.sums,
@@ -447,6 +448,15 @@ class Run {
       best: record.bestStep,
     });
     return path;
+  }
+
+  #dataHashes(): { readonly train: string; readonly validation: string | null } {
+    const { train: trained, validation } = this.#data;
+    this.#hashes ??= {
+      train: fingerprint(trained.examples),
+      validation: validation === undefined ? null : fingerprint(validation.examples),
+    };
+    return this.#hashes;
   }
 
   /** Seconds since the run was first begun, without the time in which it lay still. */
@@ -689,10 +699,10 @@ class Run {
           files: [...new Set([...rows.train, ...rows.validation].map((row) => row.source.file))],
           train_rows: trained.report.kept,
           train_tokens: trained.report.tokens,
-          train_hash: fingerprint(trained.examples),
+          train_hash: this.#dataHashes().train,
           validation_from: rows.validationSource,
           validation_rows: validation?.report.kept ?? 0,
-          validation_hash: validation === undefined ? null : fingerprint(validation.examples),
+          validation_hash: this.#dataHashes().validation,
           dropped_rows: trained.report.dropped,
           truncated_rows: trained.report.truncated,
         },
