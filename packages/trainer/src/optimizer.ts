@@ -10,6 +10,7 @@ import {
   FormatError,
   keep,
   LorikeetError,
+  type MemoryPart,
   scope,
   storedBytes,
   type Tensor,
@@ -334,13 +335,24 @@ export class AdamW {
     ]);
     const made = scope(() => {
       // Not `zeros`: an arena takes its own size and no size class.
-      const zeros = (bytes: number): Tensor => {
-        const arena = device.emptyWeight([bytes / 4], 'f32').tag('optimizer');
+      const zeros = (bytes: number, part: MemoryPart = 'optimizer'): Tensor => {
+        const arena = device.emptyWeight([bytes / 4], 'f32').tag(part);
         device.clear(arena);
         return arena;
       };
-      const segments = layouts.map(({ bytes }) => ({
-        p: zeros(bytes),
+      // The parameters move first, arena by arena: they never exist twice beside gradients and moments.
+      const moved = layouts.map(({ bytes }, segment) => {
+        const inside = this.parameters.flatMap(([, p], i) =>
+          places[i].segment === segment ? [{ p, at: places[i] }] : [],
+        );
+        const arena = zeros(bytes, inside[0].p.storage.part);
+        for (const { p, at } of inside) p.moveInto(arena.slice(at.byteOffset, at.shape));
+        // Nothing else is likely to be of the sizes that the parameters had: their old buffers would wait for ever.
+        device.trim();
+        return arena;
+      });
+      const segments = layouts.map(({ bytes }, i) => ({
+        p: moved[i],
         g: zeros(bytes),
         m: zeros(bytes),
         v: zeros(bytes),
@@ -362,15 +374,6 @@ export class AdamW {
     this.#nothing = made.nothing;
     this.scale = made.scale;
     this.#table = made.table;
-    scope(() => {
-      for (const [i, [, p]] of this.parameters.entries()) {
-        const { segment, byteOffset, shape } = places[i];
-        const arena = this.segments[segment].p.tag(p.storage.part);
-        p.moveInto(arena.slice(byteOffset, shape));
-      }
-    });
-    // Nothing else is likely to be of the sizes that the parameters had: their old buffers would wait for ever.
-    device.trim();
   }
 
   /** Sets the gradients to zero, as a step leaves them. */
