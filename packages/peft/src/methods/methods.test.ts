@@ -1,3 +1,4 @@
+import { parseJsonObject } from '@lorikeet/tensor';
 import { testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { checkMethod, move } from '../../test/method-checks.js';
@@ -5,9 +6,10 @@ import { MethodNet } from '../../test/method-net.js';
 import { memoryFolder } from '../../test/tiny-model.js';
 import { injectAdapter } from '../adapter.js';
 import { loraConfig } from '../format.js';
+import { matchModules } from '../targets.js';
 import { bottleneck, bottleneckConfig } from './bottleneck.js';
-import { ia3Config } from './ia3.js';
-import { lnTuningConfig } from './ln-tuning.js';
+import { ia3, ia3Config } from './ia3.js';
+import { lnTuning, lnTuningConfig } from './ln-tuning.js';
 import './lora.js';
 
 const device = await testDevice();
@@ -102,5 +104,38 @@ describe('files of bottleneck adapters', () => {
     [{ non_linearity: 'gelu' }, 'non_linearity must be'],
   ])('are refused where they ask for more: %j', (settings, message) => {
     expect(() => bottleneck.parseConfig(JSON.stringify({ config: settings }), 'adapter_config.json')).toThrow(message);
+  });
+});
+
+describe('adapter_config.json', () => {
+  const shared = ['auto_mapping', 'base_model_name_or_path', 'exclude_modules', 'inference_mode', 'modules_to_save'];
+  const rest = ['peft_type', 'revision', 'target_modules', 'task_type'];
+
+  it.each([
+    [ia3, ia3Config(), [...shared, ...rest, 'fan_in_fan_out', 'feedforward_modules', 'init_ia3_weights']],
+    [lnTuning, lnTuningConfig(), [...shared, ...rest]],
+  ])('has the keys of PEFT 0.15, and keeps those that it does not know', (method, config, keys) => {
+    const text = method.serializeConfig(config, { hiddenSize: 16 });
+    const object = parseJsonObject(text, 'adapter_config.json');
+    expect(Object.keys(object)).toEqual([...keys].sort());
+    expect(object['inference_mode']).toBe(true);
+    const foreign = JSON.stringify({ ...object, peft_version: '0.18.0' });
+    const again = method.serializeConfig(method.parseConfig(foreign, 'file'), { hiddenSize: 16 });
+    expect(parseJsonObject(again, 'file')).toEqual({ ...object, peft_version: '0.18.0' });
+    expect(() => method.parseConfig('{"peft_type": "OTHER"}', 'file')).toThrow('peft_type is "OTHER"');
+    expect(() => method.parseConfig(JSON.stringify({ ...object, target_modules: 3 }), 'file')).toThrow(
+      'target_modules',
+    );
+  });
+
+  it('(IA)^3 of a Mistral without names takes keys, values and the last layer of the MLP', () => {
+    const config = ia3Config();
+    const names = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'];
+    const infos = names.map((path) => ({ path, kind: 'linear' as const }));
+    const { defaultTargets } = ia3;
+    expect(matchModules(config, infos, defaultTargets === undefined ? {} : { defaults: defaultTargets })).toEqual(
+      infos.filter(({ path }) => ['k_proj', 'v_proj', 'down_proj'].includes(path)),
+    );
+    expect(() => ia3Config({ fan_in_fan_out: true })).toThrow('fan_in_fan_out is true');
   });
 });
