@@ -117,7 +117,7 @@ describe.each([
     const newTokens = 2;
     const processors = buildProcessors(config);
     const expected = logits.map((x, i) =>
-      chooseToken(x, { ids: rows[i], newTokens }, processors, config, { uniform: () => points[i] }),
+      chooseToken(x, { ids: rows[i], newTokens }, processors, config, { uniform: () => points[i], normal: () => 0 }),
     );
     const { ids, seen } = await choose(logits, rows, points, optionsOf(settings, newTokens));
     expect(ids).toEqual(expected);

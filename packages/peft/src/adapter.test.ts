@@ -13,7 +13,7 @@ import {
   peftConfig,
   PeftLayer,
 } from './adapter.js';
-import { AdapterError, loraConfig, parseAdapterConfig, serializeAdapterConfig } from './format.js';
+import { type LoraConfig, AdapterError, loraConfig, parseAdapterConfig, serializeAdapterConfig } from './format.js';
 import './methods/lora.js';
 
 const device = await testDevice();
@@ -136,7 +136,8 @@ describe('an adapter', () => {
     const model = new TinyModel(device);
     const before = model.outline();
     const key = (rest: string): string => `base_model.model.${rest}`;
-    const text = serializeAdapterConfig({ ...config, bias: 'all', trainable_token_indices: [2, 5] });
+    const more: LoraConfig = { ...config, bias: 'all', trainable_token_indices: [2, 5] };
+    const text = serializeAdapterConfig(more);
     const files = await folderOf(text, {
       [key('q_proj.lora_A.weight')]: [3, width],
       [key('q_proj.lora_B.weight')]: [width, 4],

@@ -121,7 +121,8 @@ describe('starts', () => {
     const { gradients } = await gradientsOf(net, [...adapter.parameters()]);
     for (const gradient of gradients.values()) expect(Math.hypot(...gradient)).toBeGreaterThan(0);
     adapter.remove();
-    expect(() => injectAdapter(net, { ...config, r: 3 })).toThrow('needs an even rank');
+    const odd: LoraConfig = { ...config, r: 3 };
+    expect(() => injectAdapter(net, odd)).toThrow('needs an even rank');
     net.dispose();
   });
 
@@ -136,7 +137,8 @@ describe('starts', () => {
     await adapter.save(folder);
     adapter.remove();
     // Another start than the first one's, which the file must replace.
-    const again = await createAdapter(net, { ...config, init_lora_weights: 'olora' });
+    const changed: LoraConfig = { ...config, init_lora_weights: 'olora' };
+    const again = await createAdapter(net, changed);
     await again.load(folder);
     expect(await Promise.all([...again.parameters()].map(([, p]) => p.read()))).toEqual(before);
     expect(relativeError(await net.readLogits(), logits)).toBeLessThan(1e-6);

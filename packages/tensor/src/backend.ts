@@ -78,21 +78,31 @@ export interface Backend {
   readonly stats: BackendStats;
   /** Throws the error that ended this device, if there is one. */
   throwIfFailed(): void;
+  /** Makes a buffer under a number of its own. */
   createBuffer(bufferId: number, bytes: number, label: string): void;
+  /** Gives a buffer back, once the work that uses it is submitted. */
   destroyBuffer(bufferId: number): void;
+  /** Overwrites bytes, after all work that was recorded before. */
   write(bufferId: number, byteOffset: number, bytes: Uint8Array<ArrayBuffer>): void;
+  /** Sets bytes to zero. */
   clear(bufferId: number, byteOffset: number, byteLength: number): void;
+  /** Copies bytes from one buffer to another. */
   copy(from: BufferRange, to: BufferRange, byteLength: number): void;
+  /** Records a dispatch. */
   dispatch(work: Work): void;
+  /** Submits what is recorded. */
   flush(): void;
+  /** Waits until all that was recorded is done. */
   idle(): Promise<void>;
   /** Times every dispatch from now on. @throws DeviceError without the `timestamp-query` feature */
   startProfile(): void;
   /** Ends the profile: a kernel each, the longest first. */
   endProfile(): Promise<KernelTime[]>;
+  /** Reads bytes back, after all work that was recorded before. */
   read(bufferId: number, byteOffset: number, byteLength: number, what: string): Promise<ArrayBuffer>;
   /** Destroys what it holds for reuse. */
   trim(): void;
+  /** Ends the device. */
   destroy(): void;
 }
 

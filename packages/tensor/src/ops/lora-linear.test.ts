@@ -59,6 +59,7 @@ function outputAndGrads([x, w, a, b]: readonly Tensor[], dy: Tensor, options: Lo
 /** The same by products with a masked copy of x, and a sum with a masked product, each in f32. */
 function composition([x, w, a, b]: readonly Tensor[], dy: Tensor, scale: number, mask: DropoutOptions): Tensor[] {
   const empty = (shape: readonly number[], dtype: DType = 'f32'): Tensor => device.empty(shape, dtype);
+  const stored = x.dtype === 'f16' ? 'f16' : 'f32';
   const [xd, xa, g] = [dropout(cast(x, 'f32'), mask), empty([x.rows, a.rows]), empty([x.rows, a.rows])];
   const [y, dx, da, db] = [empty(dy.shape, x.dtype), empty(x.shape, x.dtype), empty(a.shape), empty(b.shape)];
   gemm(xd, a, xa, { transB: true, alpha: scale });
@@ -69,7 +70,7 @@ function composition([x, w, a, b]: readonly Tensor[], dy: Tensor, scale: number,
   gemm(dy, w, dx);
   const through = empty(x.shape);
   gemm(g, a, through);
-  return [y, cast(add(cast(dx, 'f32'), dropout(through, mask)), x.dtype), da, db];
+  return [y, cast(add(cast(dx, 'f32'), dropout(through, mask)), stored), da, db];
 }
 
 // With ragged rows and the step from the device; and with a weight in 4 bits. Few rows: their kernels compile sooner.
