@@ -12,8 +12,9 @@ export default defineConfig({
     pool: 'forks',
     // A software adapter uses every core by itself; more workers only wait for one another.
     maxWorkers: 2,
-    testTimeout: 120_000,
-    hookTimeout: 120_000,
+    // Kernels compile for seconds each where the driver's cache is cold: the limit is there to end what hangs.
+    testTimeout: 300_000,
+    hookTimeout: 300_000,
     teardownTimeout: 30_000,
   },
 });
