@@ -127,7 +127,7 @@ function withoutStolenOverride(
 ): { readonly options: TrainOptions; readonly overrides: readonly string[] } {
   const { resume } = flags;
   if (typeof resume !== 'string' || !/^[A-Za-z_][\w.-]*=/.test(resume)) return { options: flags, overrides };
-  return { options: { ...flags, resume: true }, overrides: [resume, ...overrides] };
+  return { options: { ...flags, resume: true }, overrides: [...overrides, resume] };
 }
 
 /** The run that the command line asks for; with `--resume FOLDER` alone, the one that the folder is of. */
