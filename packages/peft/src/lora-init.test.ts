@@ -1,3 +1,4 @@
+import { Random } from '@lorikeet/nn';
 import { memorySource, openSafetensors } from '@lorikeet/tensor';
 import { relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
@@ -7,6 +8,7 @@ import { type MemoryFolder, memoryFolder } from '../test/tiny-model.js';
 import { type Adapter, createAdapter, injectAdapter, loadAdapter } from './adapter.js';
 import { type LoraConfig, loraConfig, parseAdapterConfig } from './format.js';
 import { hostMatrix, product, transposed } from './linear-algebra.js';
+import { scaledFactor, unscaledFactor } from './lora-layer.js';
 import './methods/lora.js';
 
 const device = await testDevice();
@@ -145,6 +147,52 @@ describe('starts', () => {
     const other = await memoryFolderOf(loraConfig({ ...low, r: 3 }));
     await expect(again.load(other)).rejects.toThrow('lora_A.weight is [3, 16], the model asks for [4, 16]');
     net.dispose();
+  });
+
+  it.each(['pissa', 'olora'])(
+    '%s: what is read back has the bits that were saved, whatever the scaling',
+    async (name) => {
+      const net = new MethodNet(device);
+      // 8.8 / 4 and 8.8 / 3, and rsLoRA's with the roots: products with none of them are exact.
+      const config = loraConfig({ ...low, init_lora_weights: name, lora_alpha: 8.8, rank_pattern: { down_proj: 3 } });
+      for (const use_rslora of [false, true]) {
+        const chosen: LoraConfig = { ...config, use_rslora };
+        const adapter = await createAdapter(net, chosen);
+        await move(adapter);
+        const logits = await net.readLogits();
+        const folder = memoryFolder();
+        await adapter.save(folder);
+        adapter.remove();
+        // Its own start is another one, which the file replaces.
+        const again = await createAdapter(net, { ...chosen, init_lora_weights: 'pissa_niter_1' }, { seed: 9 });
+        expect(await net.readLogits()).not.toEqual(logits);
+        await again.load(folder);
+        expect(await net.readLogits()).toEqual(logits);
+        const copy = memoryFolder();
+        await again.save(copy);
+        expect(copy.files).toEqual(folder.files);
+        again.remove();
+      }
+      net.dispose();
+    },
+  );
+
+  it('a factor of the start comes back through division by the scaling, also where quotients are further apart', () => {
+    const random = new Random(5, 1);
+    const spread = (): number => 2 ** Math.floor(40 * random.uniform() - 20) * (1 + random.uniform());
+    const found = { missed: 0, further: 0 };
+    for (let i = 0; i < 200_000; i++) {
+      const scaling = spread();
+      // Half of them just above or below a power of two.
+      const value = i % 2 === 0 ? spread() : 2 ** (i % 7) / scaling;
+      for (const start of [Math.fround(value), Math.fround(value * (1 + 2 ** -23))]) {
+        const product = scaledFactor(start, -scaling);
+        if (scaledFactor(unscaledFactor(product, -scaling), -scaling) !== product) found.missed++;
+        if (scaledFactor(Math.fround(product / Math.fround(-scaling)), -scaling) !== product) found.further++;
+      }
+    }
+    expect(found.missed).toBe(0);
+    expect(found.further).toBeGreaterThan(0);
   });
 
   it('rsLoRA with PiSSA keeps its scaling in the file', async () => {

@@ -1,6 +1,6 @@
 /** A linear layer with low-rank factors beside it, and what holds them. */
 import { type Linear, Module, trainingContext } from '@lorikeet/nn';
-import { add, type DropoutOptions, gemm, keep, linear, loraLinear, scale, scope, type Tensor } from '@lorikeet/tensor';
+import { add, type DropoutOptions, gemm, keep, linear, loraLinear, scope, type Tensor } from '@lorikeet/tensor';
 import { type ExportedParameter, PeftLayer } from './adapter.js';
 import { hostMatrix, product, qr, transposed } from './linear-algebra.js';
 import { type HostFactors, onDevice } from './lora-init.js';
@@ -14,6 +14,26 @@ export class Factor extends Module {
     super();
     this.weight = weight;
   }
+}
+
+/**
+ * @internal A number times a scaling, in f32: both are rounded to it, so that the product is exact in float64 and rounded
+ * once.
+ */
+export function scaledFactor(value: number, scaling: number): number {
+  return Math.fround(value * Math.fround(scaling));
+}
+
+/**
+ * @internal A number of which `scaledFactor` makes exactly this one, which must be one that it gives: what a file holds, so
+ * that a run that goes on from it has the bits that it had.
+ */
+export function unscaledFactor(product: number, scaling: number): number {
+  const factor = Math.fround(scaling);
+  const nearest = Math.fround(product / factor);
+  if (Math.fround(nearest * factor) === product) return nearest;
+  // Numbers lie half as far apart below a power of two, so that the nearest quotient may miss one: then it is the next.
+  return Math.fround(nearest + 1.5 * 2 ** -24 * nearest);
 }
 
 /** What a layer with low-rank factors needs to know besides them. */
@@ -40,7 +60,7 @@ export class LoraLinear extends PeftLayer {
   readonly #dropout: number;
   /** Keeps the dropout masks of different layers apart. */
   readonly #stream: number;
-  /** Factors whose product is taken from the base: where A and B started. b has -scaling in it. */
+  /** Factors whose product is taken from the base: where A and B started. b has -scaling in it, see `scaledFactor`. */
   #start: { readonly a: Tensor; readonly b: Tensor } | undefined;
   /** The base's weight before it was quantised for this adapter. */
   #unquantized: Tensor | undefined;
@@ -74,7 +94,8 @@ export class LoraLinear extends PeftLayer {
       device.copy(b, this.lora_B.weight);
       if (this.#start === undefined) return;
       device.copy(a, this.#start.a);
-      device.copy(scale(b, -this.scaling), this.#start.b);
+      const taken = factors.b.data.map((v) => scaledFactor(Math.fround(v), -this.scaling));
+      device.copy(device.fromArray(taken, b.shape), this.#start.b);
     });
   }
 
@@ -136,7 +157,7 @@ export class LoraLinear extends PeftLayer {
     for (let o = 0; o < b.shape[0]; o++) {
       for (let k = 0; k < r; k++) {
         both[o * 2 * r + k] = nowB[o * r + k];
-        both[o * 2 * r + r + k] = startB[o * r + k] / this.scaling;
+        both[o * 2 * r + r + k] = unscaledFactor(startB[o * r + k], this.scaling);
       }
     }
     return [
@@ -161,15 +182,18 @@ export class LoraLinear extends PeftLayer {
     const start = this.#start;
     if (a === undefined || b === undefined || start === undefined) return;
     const [r] = this.lora_A.weight.shape;
-    /** Columns of B from the given one on, times a factor. */
-    const half = (first: number, factor: number): Float32Array =>
-      Float32Array.from({ length: b.length / 2 }, (_, i) => factor * b[Math.floor(i / r) * 2 * r + first + (i % r)]);
+    /** Columns of B from the given one on. */
+    const half = (first: number): Float32Array =>
+      Float32Array.from({ length: b.length / 2 }, (_, i) => b[Math.floor(i / r) * 2 * r + first + (i % r)]);
     const set = (data: Float32Array, to: Tensor): void => to.device.copy(to.device.fromArray(data, to.shape), to);
     scope(() => {
       set(a.subarray(0, a.length / 2), this.lora_A.weight);
       set(a.subarray(a.length / 2), start.a);
-      set(half(0, 1), this.lora_B.weight);
-      set(half(r, this.scaling), start.b);
+      set(half(0), this.lora_B.weight);
+      set(
+        half(r).map((v) => scaledFactor(v, this.scaling)),
+        start.b,
+      );
     });
   }
 
