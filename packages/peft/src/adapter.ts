@@ -519,6 +519,8 @@ export async function loadAdapter(model: Module, folder: ByteFolder, options: In
 /** How a model is to be made trainable: what a trainer takes without knowing any method. */
 export interface AdapterInjector {
   readonly config: LoraConfig;
+  /** True where the start is computed from the weights, so that only `create` will do. */
+  readonly readsWeights: boolean;
   /** Puts a new adapter into the model, see `injectAdapter`. */
   inject(model: Module): Adapter;
   /** The same for every start, see `createAdapter`. */
@@ -533,6 +535,7 @@ export function peftConfig(lora: LoraOptions = {}, options: InjectOptions = {}):
   const config = loraConfig(lora);
   return {
     config,
+    readsWeights: methodOf(config.peft_type, '').initializes?.(config) === true,
     inject: (model) => injectAdapter(model, config, options),
     create: (model) => createAdapter(model, config, options),
   };

@@ -37,6 +37,10 @@ export interface TrainableAdapter {
 export interface PeftConfig {
   /** Puts the adapter into the model; on an error the model is as it was. */
   inject(model: CausalLM): TrainableAdapter;
+  /** True where the adapter's start is computed from the model's weights, which takes `create`. */
+  readonly readsWeights?: boolean;
+  /** `inject` for such an adapter. */
+  create?(model: CausalLM): Promise<TrainableAdapter>;
 }
 
 /**
@@ -54,7 +58,7 @@ export interface SFTTrainerOptions {
   /** The tokenizer; needed unless the data sets are tokenised. */
   readonly processing_class?: TextTokenizer | undefined;
   /**
-   * Injected when the trainer is made. Without it all parameters of the model are trained. An adapter that the model has
+   * Injected when the trainer is made, or, where it `readsWeights`, by the first call that needs it. Without it all parameters of the model are trained. An adapter that the model has
    * already is trained with `{ inject: () => adapter }`.
    */
   readonly peft_config?: PeftConfig | undefined;
@@ -218,12 +222,13 @@ export class SFTTrainer {
   readonly args: SFTConfig;
   readonly train_dataset: readonly TokenizedExample[];
   readonly eval_dataset: readonly TokenizedExample[] | undefined;
-  /** The injected adapter; undefined when the model itself is trained. */
-  readonly adapter: TrainableAdapter | undefined;
   /** What the user should be told of the data and the schedule before the first step. */
   readonly warnings: readonly string[];
   readonly #options: SFTTrainerOptions;
   readonly #collate: CollateOptions | DataCollator;
+  #adapter: TrainableAdapter | undefined;
+  /** The adapter that is being made. */
+  #creating: Promise<TrainableAdapter> | undefined;
   #template: PromptTemplate | undefined;
   #state: SFTTrainerState;
   #sinceLog: Unlogged[] = [];
@@ -275,7 +280,31 @@ export class SFTTrainer {
           `SFTTrainer: ${first[0]} is ${first[1].dtype}; without peft_config all parameters are trained and must be f32: load the weights as f32, or give a peft_config`,
         );
       }
-    } else this.adapter = peft_config.inject(model);
+    } else if (peft_config.readsWeights !== true || peft_config.create === undefined) {
+      this.#adapter = peft_config.inject(model);
+    }
+  }
+
+  /**
+   * The injected adapter; undefined when the model itself is trained. Where the start is computed from the weights, that is
+   * done by the first call of `steps`, `train`, `evaluate` or `saveModel`, and the adapter is not there before.
+   */
+  get adapter(): TrainableAdapter | undefined {
+    return this.#adapter;
+  }
+
+  /** The adapter, made now where it could not be when the trainer was. */
+  async #ready(): Promise<TrainableAdapter | undefined> {
+    const { model, peft_config } = this.#options;
+    if (this.#adapter !== undefined || peft_config?.create === undefined) return this.#adapter;
+    this.#creating ??= peft_config.create(model);
+    try {
+      this.#adapter = await this.#creating;
+    } finally {
+      // After an error the model is as it was, and the next call may try again.
+      this.#creating = undefined;
+    }
+    return this.#adapter;
   }
 
   /** Where the run stands that was begun last. */
@@ -325,10 +354,11 @@ export class SFTTrainer {
     if (!isJsonArray(log_history) || !isJsonArray(since_log) || typeof num_tokens !== 'number') {
       throw new FormatError(`${folder.name}: this checkpoint was not written by SFTTrainer.saveCheckpoint`);
     }
-    if (this.adapter === undefined) await this.#loadWeights(folder);
-    else if (this.adapter.load === undefined) {
+    const adapter = this.#adapter;
+    if (adapter === undefined) await this.#loadWeights(folder);
+    else if (adapter.load === undefined) {
       throw new LorikeetError('SFTTrainer: this adapter has no `load`, so its checkpoints cannot be read');
-    } else await this.adapter.load(folder);
+    } else await adapter.load(folder);
     this.#state = { ...this.#state, global_step, epoch, log_history: log_history.map(logEntry) };
     this.#sinceLog = since_log.map((value) => ({
       loss: numberOr(fieldsOf(value)['loss']),
@@ -366,10 +396,11 @@ export class SFTTrainer {
     this.#state = { global_step: 0, max_steps: this.#state.max_steps, epoch: 0, log_history: [] };
     this.#sinceLog = [];
     this.#tokens = 0;
+    const adapter = await this.#ready();
     if (options.resume_from_checkpoint !== undefined) await this.#resume(options.resume_from_checkpoint);
     const run = train({
       model: this.model,
-      parameters: this.adapter?.parameters() ?? this.model.namedParameters(),
+      parameters: adapter?.parameters() ?? this.model.namedParameters(),
       args: this.args,
       trainDataset: this.train_dataset,
       evalDataset: this.eval_dataset,
@@ -469,6 +500,7 @@ export class SFTTrainer {
     if (dataset === undefined) {
       throw new LorikeetError('SFTTrainer.evaluate: there is no eval_dataset; give one here or to the constructor');
     }
+    await this.#ready();
     const began = performance.now();
     const result = await evaluateLoss(this.model, dataset, {
       batchSize: this.args.per_device_eval_batch_size ?? 8,
@@ -503,8 +535,9 @@ export class SFTTrainer {
    * config and the tokenizer's files are not the trainer's to write).
    */
   async saveModel(folder: SinkFolder): Promise<void> {
-    if (this.adapter !== undefined) {
-      await this.adapter.save(folder);
+    const adapter = await this.#ready();
+    if (adapter !== undefined) {
+      await adapter.save(folder);
       return;
     }
     await writeCheckpoint(

@@ -135,6 +135,37 @@ it('with a peft_config only what it injects is trained and saved', () =>
     expect(saved).toEqual(['memory']);
   }));
 
+it('an adapter that starts from the weights is made once, by the first call that needs it', () =>
+  withModel(async (model, base) => {
+    const adapter: TrainableAdapter = { parameters: () => [['down', model.down.weight]], save: async () => undefined };
+    let made = 0;
+    let failures = 1;
+    const trainer = new SFTTrainer({
+      ...base,
+      args: { max_steps: 2 },
+      peft_config: {
+        readsWeights: true,
+        inject: () => {
+          throw new Error('inject is not for this adapter');
+        },
+        create: async () => {
+          made++;
+          await Promise.resolve();
+          if (failures-- > 0) throw new Error('no start');
+          return adapter;
+        },
+      },
+    });
+    expect([trainer.adapter, made]).toEqual([undefined, 0]);
+    await expect(trainer.train()).rejects.toThrow('no start');
+    const before = await model.down.weight.read();
+    await Promise.all([trainer.saveModel(memoryFolder().folder), trainer.saveModel(memoryFolder().folder)]);
+    expect(trainer.adapter).toBe(adapter);
+    await trainer.train();
+    expect(await model.down.weight.read()).not.toEqual(before);
+    expect(made).toBe(2);
+  }));
+
 it('pad_to_multiple_of sets the width of the batches, 64 without it, and changes no loss', () =>
   withModel(async (_, base) => {
     const losses: number[] = [];

@@ -1,6 +1,6 @@
 /** LoRA (Hu et al., 2021): y = W x + scaling * B A drop(x), with W frozen. rsLoRA (Kalajdzievski, 2023) by its scaling. */
 import { hashString, type Init, initialValues, Linear, type Module } from '@lorikeet/nn';
-import type { Tensor } from '@lorikeet/tensor';
+import { isQuantized, keep, type Tensor } from '@lorikeet/tensor';
 import {
   type AdaptedModule,
   adapterTensor,
@@ -56,6 +56,10 @@ function wrap(layer: Module, context: WrapContext): PeftLayer {
     subtractsStart: init.kind === 'pissa' || init.kind === 'olora',
   };
   const made = config.use_dora ? new DoraLinear(layer, a, b, options) : new LoraLinear(layer, a, b, options);
+  // What `initialize` does where there is something to compute with: the 4-bit weight lies beside the original.
+  if (init.kind === 'loftq' && device.planned && !context.loading && !isQuantized(layer.weight.dtype)) {
+    made.quantizeBase(keep(device.emptyWeight(layer.weight.shape, 'nf4').tag('weights')));
+  }
   if (init.kind === 'orthogonal' && !device.planned) made.startAt(orthogonalFactors(out, width, r, path, seed));
   return made;
 }
