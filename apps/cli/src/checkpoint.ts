@@ -310,7 +310,7 @@ export interface ConfigDifference {
 
 /** Compares a run with the one that it goes on with; a key that the older one has not had counts as left at its default. */
 export function compareConfigs(before: Readonly<Record<string, unknown>>, now: Config): ConfigDifference {
-  const old = flat({ ...resolveConfig({}).config, ...before });
+  const old = new Map([...flat({ ...resolveConfig({}).config }), ...flat(before)]);
   const refused: string[] = [];
   const allowed: string[] = [];
   for (const [key, value] of flat({ ...now })) {

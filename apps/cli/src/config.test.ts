@@ -200,10 +200,8 @@ describe('resolveConfig', () => {
     'lr_scheduler_type: polynomial',
     'save_strategy: best',
     'bf16: true',
-    'lora: {use_dora: true}',
-    'lora: {init_lora_weights: pissa_niter_4}',
-    'lora: {modules_to_save: [lm_head]}',
-    'lora: {loftq_config: {loftq_bits: 4}}',
+    'lora: {init_lora_weights: eva}',
+    'lora: {lora_bias: true}',
   ])('%s is refused as not supported yet', (text) => expect(mistake(text)).toMatch(/not supported yet/));
 
   it('4 bits: nf4 with double quantisation, which is told where it was not asked for', () => {
@@ -219,6 +217,24 @@ describe('resolveConfig', () => {
       /bnb_4bit_quant_type must be nf4, not "fp4"/,
     );
     expect(mistake('bnb_4bit_use_double_quant: false')).toMatch(/must be true: scales are always quantised again here/);
+  });
+
+  it('DoRA, starts and whole modules, and which exclude each other', () => {
+    const { config } = resolve('lora: {use_dora: true, init_lora_weights: gaussian, modules_to_save: [lm_head]}');
+    expect(config.lora).toMatchObject({ use_dora: true, init_lora_weights: 'gaussian', modules_to_save: ['lm_head'] });
+    for (const init of ['orthogonal', 'pissa', 'pissa_niter_16', 'olora', 'loftq']) {
+      expect(resolve(`lora: {init_lora_weights: ${init}}`).config.lora.init_lora_weights).toBe(init);
+    }
+    const loftq = 'lora: {init_lora_weights: loftq, loftq_config: {loftq_bits: 4}}';
+    expect(resolve(loftq).config.lora.loftq_config).toEqual({ loftq_bits: 4 });
+    expect(mistake(`${loftq}\nload_in_4bit: true`)).toMatch(/run\.yaml:2: init_lora_weights: loftq stores the linear/);
+    expect(mistake('lora: {loftq_config: {loftq_iter: 1}}')).toMatch(/loftq_config needs init_lora_weights: loftq/);
+    expect(mistake('lora: {loftq_config: {loftq_iter: 5}}')).toMatch(/loftq_config must be a map with/);
+    expect(mistake('lora: {use_dora: true, init_lora_weights: olora}')).toMatch(/are both set/);
+    expect(mistake('lora: {r: 3, init_lora_weights: orthogonal}')).toMatch(/needs even ranks, not 3/);
+    expect(mistake('lora: {init_lora_weights: pissa_niter_}')).toMatch(
+      /must be true, false, gaussian, orthogonal, pissa/,
+    );
   });
 
   it('takes inactive values of the same keys, such as those of adapter_config.json', () => {

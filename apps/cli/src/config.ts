@@ -26,7 +26,13 @@ export interface LoraConfigKeys {
   exclude_modules: string | string[] | null;
   bias: 'none' | 'all' | 'lora_only';
   use_rslora: boolean;
-  init_lora_weights: boolean | 'gaussian';
+  use_dora: boolean;
+  /** true, false or a name: gaussian, orthogonal, pissa, pissa_niter_<n>, olora or loftq. */
+  init_lora_weights: boolean | string;
+  /** For LoftQ. One iteration alone: then the base that the adapter fits is the checkpoint in 4 bits, as any tool makes it. */
+  loftq_config: { loftq_bits?: 4 | undefined; loftq_iter?: 1 | undefined };
+  /** Modules that are trained and saved whole. */
+  modules_to_save: string[] | null;
   rank_pattern: Record<string, number>;
   alpha_pattern: Record<string, number>;
   layers_to_transform: number | number[] | null;
@@ -146,10 +152,16 @@ const loraShape = {
   exclude_modules: names().nullable().default(null).describe('a list of module names, or a regular expression'),
   bias: z.enum(['none', 'all', 'lora_only']).default('none').describe('none, all or lora_only'),
   use_rslora: z.boolean().default(false).describe('true or false'),
+  use_dora: z.boolean().default(false).describe('true or false'),
   init_lora_weights: z
-    .union([z.boolean(), z.literal('gaussian')])
+    .union([z.boolean(), z.string().regex(/^(gaussian|orthogonal|pissa|pissa_niter_[1-9]\d{0,3}|olora|loftq)$/)])
     .default(true)
-    .describe('true, false or gaussian'),
+    .describe('true, false, gaussian, orthogonal, pissa, pissa_niter_<n>, olora or loftq'),
+  loftq_config: z
+    .strictObject({ loftq_bits: z.literal(4).optional(), loftq_iter: z.literal(1).optional() })
+    .default({})
+    .describe('a map with loftq_bits: 4 and loftq_iter: 1, and no other values'),
+  modules_to_save: z.array(text()).nullable().default(null).describe('a list of module names'),
   rank_pattern: z.record(z.string(), count()).default({}).describe('a map from module names to ranks'),
   alpha_pattern: z.record(z.string(), z.number().positive()).default({}).describe('a map from module names to alphas'),
   layers_to_transform: z
@@ -335,9 +347,7 @@ const later: Readonly<Record<string, LaterKey>> = {
   group_by_length: { what: 'grouping rows by length' },
   eval_delay: { what: 'a delayed first evaluation' },
   label_smoothing_factor: { what: 'label smoothing' },
-  'lora.use_dora': { what: 'DoRA' },
   'lora.lora_bias': { what: 'a bias on lora_B' },
-  'lora.loftq_config': { what: 'LoftQ initialisation' },
   'lora.eva_config': { what: 'EVA initialisation' },
   'lora.corda_config': { what: 'CorDA initialisation' },
   'lora.lora_ga_config': { what: 'LoRA-GA initialisation' },
@@ -346,7 +356,6 @@ const later: Readonly<Record<string, LaterKey>> = {
   'lora.layer_replication': { what: 'layer replication' },
   'lora.megatron_config': { what: 'Megatron' },
   'lora.megatron_core': { what: 'Megatron', asks: (value) => value !== null && value !== 'megatron.core' },
-  'lora.modules_to_save': { what: 'training whole modules beside the adapter' },
   'lora.trainable_token_indices': {
     what: 'choosing trainable token rows',
     instead: 'Rows of tokens that `special_tokens` adds are trained by default.',
@@ -370,7 +379,7 @@ const laterValues: Readonly<Record<string, readonly string[]>> = {
     'warmup_stable_decay',
   ],
   save_strategy: ['best'],
-  'lora.init_lora_weights': ['pissa', 'olora', 'eva', 'loftq', 'corda', 'orthogonal', 'lora_ga', 'mica'],
+  'lora.init_lora_weights': ['eva', 'corda', 'lora_ga', 'mica'],
 };
 
 const sections: Readonly<Record<string, Readonly<Record<string, z.ZodType>>>> = {
@@ -735,12 +744,38 @@ function crossCheck(config: Config, reader: Reader): void {
   if (has('warmup_ratio') && config.warmup_ratio > 0 && config.warmup_steps > 0) {
     complain('warmup_ratio', 'warmup_ratio and warmup_steps are both set; keep one');
   }
+  loraCheck(config, complain);
   const pad = config.special_tokens.pad_token;
   if (pad !== null && pad === config.special_tokens.eos_token) {
     // Allowed: padding is masked by length, never by id.
     reader.notes.push(
       'pad_token and eos_token are the same text: padding is masked by length here, so the end token still trains',
     );
+  }
+}
+
+/** Settings of the adapter that exclude each other. */
+function loraCheck({ lora, load_in_4bit }: Config, complain: (name: string, text: string) => void): void {
+  const init = lora.init_lora_weights;
+  const named = typeof init === 'string' ? init : '';
+  if (lora.use_dora && /^(pissa|olora|loftq)/.test(named)) {
+    complain(
+      'lora.use_dora',
+      `use_dora and init_lora_weights: ${named} are both set; starts from the weights are for LoRA`,
+    );
+  }
+  if (named === 'loftq' && load_in_4bit) {
+    complain(
+      'load_in_4bit',
+      'init_lora_weights: loftq stores the linear layers in 4 bits itself, from weights that it must see as they were; leave load_in_4bit out',
+    );
+  }
+  if (named !== 'loftq' && active(lora.loftq_config)) {
+    complain('lora.loftq_config', 'loftq_config needs init_lora_weights: loftq');
+  }
+  const odd = [lora.r, ...Object.values(lora.rank_pattern)].find((rank) => rank % 2 !== 0);
+  if (named === 'orthogonal' && odd !== undefined) {
+    complain('lora.init_lora_weights', `init_lora_weights: orthogonal needs even ranks, not ${odd}`);
   }
 }
 

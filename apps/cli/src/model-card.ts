@@ -1,5 +1,5 @@
 /** README.md of an adapter: the model card that the hub shows. */
-import type { Config } from './config.js';
+import type { Config, LoraConfigKeys } from './config.js';
 import { formatCount, formatNumber } from './text.js';
 
 /** What a model card tells. */
@@ -30,10 +30,18 @@ function code(text: string): string {
   return plain.includes('`') ? `\`\` ${plain} \`\`` : `\`${plain}\``;
 }
 
+/** What kind of adapter it is, such as `LoRA r 16, alpha 32, started by pissa`. */
+export function adapterInWords(lora: LoraConfigKeys): string {
+  const { init_lora_weights: init, r, lora_alpha: alpha } = lora;
+  const start = typeof init === 'string' ? `, started by ${init}` : '';
+  return `${lora.use_dora ? 'DoRA' : 'LoRA'} r ${r}, alpha ${formatNumber(alpha)}${start}`;
+}
+
 /** The card as Markdown with the front matter that the hub reads. */
 export function modelCard(content: CardContent): string {
   const { config, baseModel, steps, totalSteps, before, after, addedTokens } = content;
   const { lora } = config;
+  const whole = lora.modules_to_save ?? [];
   const data = config.dataset_name ?? [config.train_file ?? []].flat().join(', ');
   const front = [
     'library_name: peft',
@@ -49,7 +57,8 @@ export function modelCard(content: CardContent): string {
     ['data', `${code(data)}: ${formatCount(content.trainRows)} rows, ${formatCount(content.validationRows)} held out`],
     ['prompt template', code(content.template)],
     ['trained parameters', `${formatCount(content.trainable)} of ${formatCount(content.total)}`],
-    ['LoRA', `r ${lora.r}, alpha ${formatNumber(lora.lora_alpha)}, dropout ${formatNumber(lora.lora_dropout)}`],
+    ['adapter', `${adapterInWords(lora)}, dropout ${formatNumber(lora.lora_dropout)}`],
+    ...(whole.length === 0 ? [] : [['trained whole', code(whole.join(', '))] satisfies [string, string]]),
     [
       'steps',
       steps === totalSteps ? formatCount(steps) : `${formatCount(steps)} of ${formatCount(totalSteps)} (stopped)`,

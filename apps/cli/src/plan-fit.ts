@@ -27,6 +27,11 @@ function dialsOf(settings: PlanSettings): Dial[] {
   const { per_device_train_batch_size: batch, gradient_accumulation_steps: accumulation } = settings;
   const { max_length, lora } = settings;
   const r = lora.r ?? 8;
+  // LoftQ stores 4 bits already, from the weights as they are; and what is trained whole cannot be stored in 4 bits.
+  const canPack =
+    quantizationProblem(settings.model) === undefined &&
+    lora.init_lora_weights !== 'loftq' &&
+    !(lora.modules_to_save ?? []).some((name) => name.endsWith('_proj'));
   const halvings = (value: number): number[] =>
     Array.from({ length: Math.floor(Math.log2(Math.max(1, value))) }, (_, i) => Math.floor(value / 2 ** (i + 1)));
   const divisors = Array.from({ length: batch - 1 }, (_, i) => batch - 1 - i).filter((rows) => batch % rows === 0);
@@ -37,7 +42,7 @@ function dialsOf(settings: PlanSettings): Dial[] {
   });
   return [
     flag('gradient_checkpointing'),
-    flag('load_in_4bit', quantizationProblem(settings.model) === undefined),
+    flag('load_in_4bit', canPack),
     {
       choices: divisors.map((rows) => {
         const changes = {
@@ -61,7 +66,11 @@ function dialsOf(settings: PlanSettings): Dial[] {
       })),
     },
     { choices: shorter.map((length) => ({ changes: { max_length: length }, settings: { max_length: length } })) },
-    { choices: halvings(r).map((rank) => ({ changes: { 'lora.r': rank }, settings: { lora: { ...lora, r: rank } } })) },
+    {
+      choices: halvings(r)
+        .filter((value) => lora.init_lora_weights !== 'orthogonal' || value % 2 === 0)
+        .map((value) => ({ changes: { 'lora.r': value }, settings: { lora: { ...lora, r: value } } })),
+    },
   ].filter(({ choices }) => choices.length > 0);
 }
 

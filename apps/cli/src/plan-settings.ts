@@ -11,12 +11,23 @@ import { deviceDType, type ModelFiles, neededVocabSize } from './session.js';
 
 /** The adapter of a run: what the file asks for, and the rows of new tokens. */
 export function runLora(config: Config, model: MistralConfig, added: readonly Pick<AddedToken, 'id'>[]): LoraOptions {
+  const { loftq_config: _loftq, ...lora } = config.lora;
   const rows = added.map(({ id }) => id);
+  // Of a module that is trained whole the new rows are a part.
+  const tables = (model.tie_word_embeddings ? ['embed_tokens'] : ['embed_tokens', 'lm_head']).filter(
+    (name) => !namesModule(lora.modules_to_save, name),
+  );
   return {
-    ...config.lora,
+    ...lora,
+    ...(lora.init_lora_weights === 'loftq' ? { loftq_config: { loftq_bits: 4, loftq_iter: 1 } } : {}),
     trainable_token_indices:
-      rows.length === 0 ? null : { embed_tokens: rows, ...(model.tie_word_embeddings ? {} : { lm_head: rows }) },
+      rows.length === 0 || tables.length === 0 ? null : Object.fromEntries(tables.map((name) => [name, rows])),
   };
+}
+
+/** Whether `modules_to_save` names a module, by the ending of its path. */
+function namesModule(saved: readonly string[] | null, name: string): boolean {
+  return (saved ?? []).some((entry) => entry === name || entry.endsWith(`.${name}`));
 }
 
 /** Whether the linear layers are stored in 4 bits: the run asks for it, or the checkpoint holds them so. */

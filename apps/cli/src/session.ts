@@ -21,6 +21,7 @@ import type { Config, ConfigDType } from './config.js';
 import type { CommandContext } from './context.js';
 import { CliError, errorCode, errorMessage, fileError } from './errors.js';
 import { type HubOptions, resolveAdapter, resolveModel, resolveModelConfig } from './hub.js';
+import { readRunConfig } from './run-files.js';
 import { formatBytes, printable } from './text.js';
 import { applyTuning } from './tuning.js';
 import type { Progress } from './ui.js';
@@ -321,6 +322,16 @@ export async function openSession(context: CommandContext, flags: SessionFlags, 
   const found = read ?? (await readSession(context, flags));
   const { files, adapterFiles, tokenizer } = found;
   const vocabSize = neededVocabSize(files.config, tokenizer, adapterFiles?.config);
+  const run = adapterFiles === undefined ? undefined : await readRunConfig(adapterFiles.folder);
+  if (
+    run?.config.lora.init_lora_weights === 'loftq' &&
+    flags.loadIn4bit !== true &&
+    files.config.quantization !== 'nf4'
+  ) {
+    context.ui.warn(
+      'the adapter was started by loftq: it makes up for what the base loses in 4 bits, and this base is not stored so (--load-in-4bit of eval and generate)',
+    );
+  }
   const device = await openCommandDevice(flags);
   try {
     const quantization = flags.loadIn4bit === true ? 'nf4' : flags.dequantize === true ? 'none' : undefined;

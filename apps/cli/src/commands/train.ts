@@ -2,7 +2,7 @@
 import { copyFile, rm, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import type { Mistral } from '@lorikeet/mistral';
-import { type Adapter, injectAdapter, loraConfig } from '@lorikeet/peft';
+import { type Adapter, createAdapter, type LoraConfig, loraConfig } from '@lorikeet/peft';
 import { type Device, type JsonValue, OutOfMemoryError, parseJson } from '@lorikeet/tensor';
 import { createFolder, openFolder } from '@lorikeet/tensor/node';
 import {
@@ -36,7 +36,7 @@ import { type Config, dumpConfig, loadConfig, type ResolvedConfig } from '../con
 import type { CommandContext } from '../context.js';
 import { CliError, InterruptedError, UsageError } from '../errors.js';
 import { previewLegend, renderPreview } from '../mask-preview.js';
-import { modelCard } from '../model-card.js';
+import { adapterInWords, modelCard } from '../model-card.js';
 import { machineOf, type Plan, tryPlan } from '../plan.js';
 import { suggestionsFor } from '../plan-fit.js';
 import { fitText, formatFlops, partsInWords, planBesideCount, planJson } from '../plan-report.js';
@@ -324,14 +324,13 @@ class Run {
       quantization: config.load_in_4bit ? 'nf4' : undefined,
       vocabSize: neededVocabSize(this.#files.config, tokenizer),
     });
-    const adapter = injectAdapter(
+    const adapter = await this.#makeAdapter(
       model,
       loraConfig({
         ...runLora(config, this.#files.config, added),
         base_model_name_or_path: this.#files.name,
         revision: config.revision,
       }),
-      { seed: config.seed },
     );
     await this.#takeUp(model, adapter);
     this.#base = this.#from?.progress.base ?? (await baseIdentity(this.#files.folder));
@@ -378,6 +377,19 @@ class Run {
       throw new InterruptedError(
         `stopped after step ${last.step} of ${this.#total}; the adapter as it is now lies in ${config.output_dir}. ${next}`,
       );
+    }
+  }
+
+  /** A start that is computed from the weights takes its time, and says so. */
+  async #makeAdapter(model: Mistral, lora: LoraConfig): Promise<Adapter> {
+    const { ui } = this.#context;
+    const { init_lora_weights: init } = lora;
+    const named = typeof init === 'string' && init !== 'gaussian';
+    const progress = named ? ui.progress(`computing the start of the adapter (${init})`) : undefined;
+    try {
+      return await createAdapter(model, lora, { seed: this.#config.seed });
+    } finally {
+      progress?.done();
     }
   }
 
@@ -500,10 +512,7 @@ class Run {
         dim('model'),
         `${printable(this.#files.name)}, ${formatCount(total - trainable)} parameters, ${dtypeName(model)}${inFourBits(config, this.#files) ? ', linear layers in 4 bits' : ''}`,
       ],
-      [
-        dim('adapter'),
-        `LoRA r ${config.lora.r}, alpha ${formatNumber(config.lora.lora_alpha)} on ${printable(targets.join(', '))}`,
-      ],
+      [dim('adapter'), `${adapterInWords(config.lora)} on ${printable(targets.join(', '))}`],
       [dim('trainable'), `${formatCount(trainable)} parameters, ${percent.toPrecision(3)} % of all`],
       ...(added.length === 0
         ? []
@@ -751,7 +760,8 @@ class Run {
     ui.line(`adapter saved in ${bold(printable(config.output_dir))} (${formatDuration(last.seconds)} of training)`);
     if (stopped) return;
     const base = `--model ${shellQuoted(this.#files.name)}${config.revision === null ? '' : ` --revision ${shellQuoted(config.revision)}`}`;
-    const loaded = `${base}${config.load_in_4bit ? ' --load-in-4bit' : ''}`;
+    const loftq = config.lora.init_lora_weights === 'loftq';
+    const loaded = `${base}${config.load_in_4bit || loftq ? ' --load-in-4bit' : ''}`;
     const out = shellQuoted(config.output_dir);
     const test = shellQuoted([config.validation_file ?? 'test.jsonl'].flat()[0]);
     const { template, rows } = this.#data;
@@ -761,7 +771,12 @@ class Run {
       `lorikeet eval ${loaded} -c ${shellQuoted(join(config.output_dir, 'run.yaml'))} --data ${test}    # before`,
       `lorikeet eval ${loaded} --adapter ${out} --data ${test}    # after`,
       `lorikeet generate ${loaded} --adapter ${out} --temperature 0 --prompt ${shellQuoted(prompt)}`,
-      `lorikeet merge ${base} --adapter ${out} --output ${shellQuoted(`${config.output_dir.replace(/[\\/]+$/, '')}-merged`)} --verify`,
+      // An adapter of LoftQ makes up for what the base loses in 4 bits: merged into what has lost nothing, that is an error.
+      ...(loftq
+        ? []
+        : [
+            `lorikeet merge ${base} --adapter ${out} --output ${shellQuoted(`${config.output_dir.replace(/[\\/]+$/, '')}-merged`)} --verify`,
+          ]),
       `lorikeet inspect ${out}`,
     ]) {
       ui.line(`  ${line}`);
