@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { loadMistral, Mistral, mistralConfig, saveMistral } from '@lorikeet/mistral';
 import { InitWeights, Random } from '@lorikeet/nn';
-import { injectAdapter, loraConfig } from '@lorikeet/peft';
+import { createAdapter, injectAdapter, loraConfig, type LoraOptions } from '@lorikeet/peft';
 import {
   type ByteFolder,
   memorySink,
@@ -121,7 +121,7 @@ async function loadedModel({ model: config, dtype, load_in_4bit }: PlanSettings)
 async function counted(settings: PlanSettings): Promise<Pick<Plan, 'peakBytes'> & Plan['step']> {
   const before = device.stats().liveBytes;
   const model = await loadedModel(settings);
-  const adapter = injectAdapter(model, loraConfig(settings.lora));
+  const adapter = await createAdapter(model, loraConfig(settings.lora));
   const stepper = new Stepper(model, adapter.parameters(), {
     learningRates: new Float32Array(settings.steps).fill(1e-3),
     gradient_checkpointing: settings.gradient_checkpointing,
@@ -156,7 +156,45 @@ async function counted(settings: PlanSettings): Promise<Pick<Plan, 'peakBytes'> 
 describe('counted against planned', () => {
   const random = new Random(5, 6);
   const runs = Array.from({ length: 20 }, (_, i) => randomSettings(random, i));
-  it.each(runs.map((settings, i) => [i + 1, settings] as const))('random run %i', async (_, settings) => {
+  const methods: readonly (readonly [string, LoraOptions, Partial<PlanSettings>?])[] = [
+    ['DoRA', { use_dora: true }],
+    ['DoRA over 4 bits', { use_dora: true, lora_dropout: 0.1 }, { load_in_4bit: true }],
+    ['PiSSA over 4 bits', { init_lora_weights: 'pissa' }, { load_in_4bit: true }],
+    ['OLoRA', { init_lora_weights: 'olora' }],
+    ['LoftQ', { init_lora_weights: 'loftq' }],
+    ['orthogonal', { init_lora_weights: 'orthogonal' }],
+    ['whole modules', { modules_to_save: ['embed_tokens', 'lm_head', 'norm'] }],
+  ];
+  // The tables of rotary positions are their own, see above.
+  const tiny = (theta: number): PlanSettings['model'] =>
+    mistralConfig({
+      vocab_size: 70,
+      hidden_size: 64,
+      intermediate_size: 96,
+      num_hidden_layers: 2,
+      num_attention_heads: 8,
+      num_key_value_heads: 4,
+      head_dim: 8,
+      rope_theta: theta,
+    });
+  const ofMethods = methods.map(([name, lora, more], i): [string, PlanSettings] => [
+    name,
+    {
+      model: tiny(11_000 + i),
+      dtype: 'f16',
+      load_in_4bit: false,
+      lora: { r: 4, lora_alpha: 8, target_modules: 'all-linear', ...lora },
+      per_device_train_batch_size: 2,
+      gradient_accumulation_steps: 2,
+      max_length: 40,
+      gradient_checkpointing: true,
+      steps: 2,
+      per_device_eval_batch_size: 0,
+      ...more,
+    },
+  ]);
+  const named = runs.map((settings, i): [string, PlanSettings] => [`random run ${i + 1}`, settings]);
+  it.each([...named, ...ofMethods])('%s', async (_, settings) => {
     const plan = await planRun(settings, machineOf(device));
     const { peakBytes, ...step } = await counted(settings);
     expect(Math.abs(plan.peakBytes - peakBytes)).toBeLessThanOrEqual(0.01 * peakBytes);
