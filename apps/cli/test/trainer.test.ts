@@ -93,14 +93,18 @@ describe('SFTTrainer over Mistral', () => {
     for (const m of [model, again]) m.dispose();
   });
 
-  it('LoRA: goes on from a checkpoint in the middle to the same weights, bit for bit', async () => {
+  it.each([
+    ['LoRA', {}],
+    ['LoRA started by PiSSA', { init_lora_weights: 'pissa', lora_alpha: 11 }],
+    ['DoRA', { use_dora: true }],
+  ] as const)('%s: goes on from a checkpoint in the middle to the same weights, bit for bit', async (_, lora) => {
     const run = async (resume?: ByteFolder): Promise<{ folders: ByteFolder[]; weights: Uint8Array }> => {
       const model = await fresh();
       const trainer = new SFTTrainer({
         model,
         args: { ...args, num_train_epochs: 4, save_steps: 2 },
         train_dataset: examples,
-        peft_config: peftConfig({ r: 4, target_modules: 'all-linear', lora_dropout: 0.2 }),
+        peft_config: peftConfig({ r: 4, target_modules: 'all-linear', lora_dropout: 0.2, ...lora }),
       });
       const folders: ByteFolder[] = [];
       await trainer.train({
