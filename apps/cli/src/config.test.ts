@@ -1,5 +1,6 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { compareConfigs } from './checkpoint.js';
 import { type Config, dumpConfig, loadConfig, type ResolvedConfig, resolveConfig } from './config.js';
 import { UsageError } from './errors.js';
 
@@ -288,6 +289,15 @@ lora: {task_type: CAUSAL_LM, use_dora: false, loftq_config: {}, megatron_core: m
       'missing/run.yaml: cannot read the run file: there is no such file or folder',
     );
   });
+});
+
+it('a checkpoint from before a key, of a section too, has it at its default', () => {
+  const { use_dora: _dora, modules_to_save: _whole, ...lora } = resolve('').config.lora;
+  const { gradient_checkpointing: _checkpointing, ...before } = { ...resolve('').config, lora };
+  expect(compareConfigs(before, resolve('').config)).toEqual({ refused: [], allowed: [] });
+  expect(compareConfigs(before, resolve('lora: {use_dora: true}').config).refused).toEqual([
+    'lora.use_dora is true but was false',
+  ]);
 });
 
 describe('dumpConfig', () => {

@@ -400,6 +400,32 @@ describe('settings that fit', () => {
     expect(first.peakBytes).toBeLessThanOrEqual(least);
     expect(await settingsThatFit(settings, 1000)).toEqual([]);
   });
+
+  it('nothing that the adapter rules out: 4 bits under LoftQ or whole projections, odd ranks of an orthogonal start', async () => {
+    const tried = async (lora: LoraOptions): Promise<PlanSettings[]> => {
+      const asked: PlanSettings[] = [];
+      const peak: typeof plannedPeak = async (candidate) => {
+        asked.push(candidate);
+        // The smaller the rank, the better; nothing else helps.
+        return candidate.lora.r ?? 8;
+      };
+      await settingsThatFit({ ...settings, load_in_4bit: false, lora: { ...lora, r: 12 } }, 6, { peak });
+      return asked;
+    };
+    const packed = async (lora: LoraOptions): Promise<boolean> =>
+      (await tried(lora)).some(({ load_in_4bit }) => load_in_4bit);
+    expect(await packed({})).toBe(true);
+    expect(await packed({ modules_to_save: ['lm_head'] })).toBe(true);
+    expect(await packed({ modules_to_save: ['q_proj'] })).toBe(false);
+    expect(await packed({ init_lora_weights: 'loftq' })).toBe(false);
+    const ranks = async (lora: LoraOptions): Promise<number[]> => [
+      ...new Set((await tried(lora)).map(({ lora: { r = 8 } }) => r)),
+    ];
+    expect(await ranks({})).toContain(1);
+    const even = await ranks({ init_lora_weights: 'orthogonal' });
+    expect(even).toContain(6);
+    expect(even.filter((r) => r % 2 !== 0)).toEqual([]);
+  });
 });
 
 describe('on the command line', () => {

@@ -147,6 +147,14 @@ export interface InjectOptions {
   readonly modelType?: string;
 }
 
+/** Options of `createAdapter`. */
+export interface CreateOptions extends InjectOptions {
+  /** Stops between two modules; the adapter is taken out again then. */
+  readonly signal?: AbortSignal | undefined;
+  /** Called with the number of modules whose start is computed, and of all. */
+  readonly onProgress?: ((done: number, total: number) => void) | undefined;
+}
+
 /** Modules that some adapter put into a model. */
 const adapted = new WeakSet<Module>();
 
@@ -403,25 +411,27 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
 /**
  * `injectAdapter` for every configuration, those included whose parameters start from the base's weights (PiSSA, OLoRA,
  * LoftQ).
- * @throws AdapterError as `injectAdapter`; nothing stays injected then
+ * @throws AdapterError as `injectAdapter`, and the signal's reason; nothing stays injected then
  */
-export function createAdapter(model: Module, config: AdapterConfig, options: InjectOptions = {}): Promise<Adapter> {
+export function createAdapter(model: Module, config: AdapterConfig, options: CreateOptions = {}): Promise<Adapter> {
   return create(model, config, options, false);
 }
 
 async function create(
   model: Module,
   config: AdapterConfig,
-  options: InjectOptions,
+  options: CreateOptions,
   loading: boolean,
 ): Promise<Adapter> {
   const { adapter, contexts } = inject(model, config, options, loading);
   const method = methodOf(config.peft_type, '');
   if (method.initializes?.(config) !== true || method.initialize === undefined) return adapter;
   try {
-    for (const context of contexts) {
+    for (const [i, context] of contexts.entries()) {
+      options.signal?.throwIfAborted();
       const layer = adapter.layers.get(context.path);
       if (layer !== undefined && !context.device.planned) await method.initialize(layer, context);
+      options.onProgress?.(i + 1, contexts.length);
     }
     return adapter;
   } catch (error) {

@@ -164,7 +164,8 @@ describe('starts', () => {
         await adapter.save(folder);
         adapter.remove();
         // Its own start is another one, which the file replaces.
-        const again = await createAdapter(net, { ...chosen, init_lora_weights: 'pissa_niter_1' }, { seed: 9 });
+        const other: LoraConfig = { ...chosen, init_lora_weights: 'pissa_niter_1' };
+        const again = await createAdapter(net, other, { seed: 9 });
         expect(await net.readLogits()).not.toEqual(logits);
         await again.load(folder);
         expect(await net.readLogits()).toEqual(logits);
@@ -234,6 +235,26 @@ describe('starts', () => {
     const plain = relativeError(quantized, before);
     expect(errors[0]).toBeLessThan(0.7 * plain);
     expect(errors[1]).toBeLessThan(0.7 * plain);
+    net.dispose();
+  });
+
+  it('tells of each module, and stops between two without a trace', async () => {
+    const net = new MethodNet(device);
+    const live = device.stats().liveBytes;
+    const config = loraConfig({ ...low, init_lora_weights: 'pissa' });
+    const controller = new AbortController();
+    const heard: number[][] = [];
+    const onProgress = (...counts: number[]): void => {
+      heard.push(counts);
+      if (counts[0] === 2) controller.abort(new Error('enough'));
+    };
+    await expect(createAdapter(net, config, { signal: controller.signal, onProgress })).rejects.toThrow('enough');
+    expect(heard).toEqual([
+      [1, 4],
+      [2, 4],
+    ]);
+    expect(device.stats().liveBytes).toBe(live);
+    (await createAdapter(net, config)).remove();
     net.dispose();
   });
 

@@ -382,12 +382,17 @@ class Run {
 
   /** A start that is computed from the weights takes its time, and says so. */
   async #makeAdapter(model: Mistral, lora: LoraConfig): Promise<Adapter> {
-    const { ui } = this.#context;
-    const { init_lora_weights: init } = lora;
-    const named = typeof init === 'string' && init !== 'gaussian';
-    const progress = named ? ui.progress(`computing the start of the adapter (${init})`) : undefined;
+    const { ui, signal } = this.#context;
+    let progress: Progress | undefined;
     try {
-      return await createAdapter(model, lora, { seed: this.#config.seed });
+      return await createAdapter(model, lora, {
+        seed: this.#config.seed,
+        signal,
+        onProgress: (done, total) => {
+          progress ??= ui.progress(`${String(lora.init_lora_weights)}: modules started`, { total });
+          progress.update(done);
+        },
+      });
     } finally {
       progress?.done();
     }
