@@ -72,7 +72,13 @@ if (!process.argv.includes('--quick')) {
   // What a device without extras runs: no shader-f16, no subgroups, hence other kernels, and the limits that WebGPU guarantees.
   tests(
     'tests on a plain device',
-    ['packages/tensor/src/ops', 'packages/tensor/src/device.test.ts', 'apps/cli/test/golden.test.ts'],
+    [
+      'packages/tensor/src/ops',
+      'packages/tensor/src/device.test.ts',
+      'apps/cli/test/golden.test.ts',
+      // It opens a plain device of its own, and its kernels take minutes to compile.
+      '--exclude packages/tensor/src/ops/attention.test.ts',
+    ],
     {
       LORIKEET_TEST_LIMITS: 'default',
       LORIKEET_TEST_F16: 'off',

@@ -24,8 +24,8 @@ const device = await testDevice();
 /** Milliseconds: a software device needs up to half a minute for each kernel of a long head when it first compiles it. */
 const timeout = 600_000;
 
-/** The same kernels as every other GPU has them: without subgroups. */
-const portable = await openDevice({ ...testVariant(), subgroups: false, poison: true });
+/** The same kernels as every other GPU has them: without subgroups, and with the limits that WebGPU guarantees. */
+const portable = await openDevice({ ...testVariant(), limits: 'default', subgroups: false, poison: true });
 afterAll(async () => {
   await portable.idle();
   portable.destroy();
