@@ -26,12 +26,15 @@ const suites = [
   { name: 'attention', file: 'packages/tensor/bench/attention.ts' },
   { name: 'lora-step', file: 'apps/cli/bench/lora-step.ts' },
   { name: 'decode', file: 'packages/mistral/bench/decode.ts' },
+  { name: 'peers', file: 'packages/tensor/bench/peers.ts' },
 ];
 
+/** A Python that has PyTorch, where it is not the one on PATH. */
+const python = process.env.PYTHON ?? 'python3';
 /** The peers' command lines: those that the comparison needs, the slow ones left out. */
 const peerRuns = [
-  ['python3', 'torch_ops.py'],
-  ['python3', 'torch_llama_lora.py'],
+  [python, 'torch_ops.py'],
+  [python, 'torch_llama_lora.py'],
   ['node', 'tfjs.mjs', 'webgpu'],
   ['node', 'jaxjs.mjs', 'webgpu', 'float32', 'matmul|linear'],
   ['node', 'jaxjs.mjs', 'webgpu', 'float16', 'matmul|linear'],
@@ -121,6 +124,41 @@ if (asked('write')) {
 }
 process.exit(failed ? 1 : 0);
 
+/** How many times as long as here a peer takes, for the work that both do. */
+function ratios(/** @type {Result[]} */ rows, /** @type {PeerResult[]} */ others) {
+  const own = (/** @type {RegExp} */ name) =>
+    rows.find((row) => name.test(row.name) && row.unit === 'ms' && (row.note ?? '').includes('median'))?.value;
+  const works = [
+    {
+      what: 'matmul 1024^3',
+      peer: /^matmul .*1024\^3$/,
+      f32: own(/^matmul 1024\^3, f32/),
+      f16: own(/^matmul 1024\^3, f16/),
+    },
+    { what: 'linear 128x4096x4096', peer: /^linear/, f32: own(/^linear.*f32/), f16: own(/^linear.*f16/) },
+    { what: 'LoRA step', peer: /^train step Mistral/, f32: own(/^LoRA step.*f32/), f16: own(/^LoRA step.*f16/) },
+  ];
+  const lines = [
+    '## Beside other libraries',
+    '',
+    'Time of the other library divided by the time here, medians by the wall clock in the same run: above 1, this project is faster.',
+    '',
+    '| work | library | ms | here f32, ms | here f16, ms | ratio to f32 | ratio to f16 |',
+    '|---|---|---|---|---|---|---|',
+  ];
+  for (const { what, peer, f32, f16 } of works) {
+    if (f32 === undefined || f16 === undefined) continue;
+    for (const { peer: name, backend, task, ms_median: ms } of others) {
+      if (task === undefined || ms === undefined || !peer.test(task)) continue;
+      const [a, b] = [ms / f32, ms / f16].map((ratio) => ratio.toPrecision(2));
+      lines.push(
+        `| ${what} | ${name}, ${backend} | ${ms.toFixed(0)} | ${f32.toFixed(0)} | ${f16.toFixed(0)} | ${a} | ${b} |`,
+      );
+    }
+  }
+  return [...lines, ''];
+}
+
 /** The figures as a page. */
 function page(/** @type {typeof report} */ { date, device, processor, versions, results: rows, peers: others }) {
   const number = (/** @type {number} */ value) =>
@@ -142,6 +180,7 @@ function page(/** @type {typeof report} */ { date, device, processor, versions, 
     lines.push('');
   }
   if (others.length > 0) {
+    lines.push(...ratios(rows, others));
     lines.push(
       '## Other libraries, the same work in the same run',
       '',
