@@ -273,6 +273,7 @@ const freeKeys: ReadonlySet<string> = new Set<keyof Config>([
   'per_device_eval_batch_size',
   'gradient_checkpointing',
   'memory_limit_gb',
+  'max_gflop_per_dispatch',
   'device',
 ]);
 

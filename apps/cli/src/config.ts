@@ -122,6 +122,8 @@ export interface Config {
 
   /** Most GPU memory that a run may use, in GB. */
   memory_limit_gb: number | null;
+  /** Kernels of more arithmetic, in 10^9 operations, are cut into several: for systems that end a device that is busy too long. */
+  max_gflop_per_dispatch: number | null;
   /** Which adapter: `auto`, `high-performance`, `low-power` or `software`. */
   device: 'auto' | 'high-performance' | 'low-power' | 'software';
 }
@@ -250,6 +252,7 @@ const topShape = {
   report_to: z.array(z.literal('jsonl')).default(['jsonl']).describe('none, or a list with jsonl'),
 
   memory_limit_gb: z.number().positive().nullable().default(null).describe('a number above 0'),
+  max_gflop_per_dispatch: z.number().positive().nullable().default(null).describe('a number above 0'),
   device: z
     .enum(['auto', 'high-performance', 'low-power', 'software'])
     .default('auto')

@@ -60,6 +60,8 @@ export interface DeviceFlags {
   readonly device?: Config['device'] | undefined;
   /** Most memory in GB (powers of 1000). */
   readonly memoryLimitGb?: number | null | undefined;
+  /** Longer kernels are cut: for systems that end a device whose single kernel takes too long (2 s on Windows). */
+  readonly maxGflopPerDispatch?: number | null | undefined;
 }
 
 /**
@@ -67,12 +69,15 @@ export interface DeviceFlags {
  * @throws CliError when there is none, with what to do
  */
 export async function openCommandDevice(flags: DeviceFlags = {}): Promise<Device> {
-  const { device: wanted = 'auto', memoryLimitGb } = flags;
+  const { device: wanted = 'auto', memoryLimitGb, maxGflopPerDispatch } = flags;
   let device: Device;
   try {
     device = await openDevice({
       ...(wanted === 'low-power' ? { powerPreference: 'low-power' } : {}),
       ...(memoryLimitGb === undefined || memoryLimitGb === null ? {} : { memoryLimit: memoryLimitGb * 1e9 }),
+      ...(maxGflopPerDispatch === undefined || maxGflopPerDispatch === null
+        ? {}
+        : { maxFlopsPerDispatch: maxGflopPerDispatch * 1e9 }),
     });
   } catch (error) {
     throw new CliError(errorMessage(error), { cause: error });

@@ -2,8 +2,10 @@
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { matmul, scope } from '@lorikeet/tensor';
 import { testDevice } from '@lorikeet/testing';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { openCommandDevice } from '../src/session.js';
 import { cli, tinyRows, tinyVocabSize, writeRows, writeTinyModel } from './tiny-model.js';
 
 const device = await testDevice();
@@ -47,6 +49,22 @@ const run = (): string[] => [
 ];
 
 describe('train, eval, generate, merge and inspect', () => {
+  it('cuts long kernels when asked to, to the same bits', async () => {
+    const adapter = async (out: string, ...more: string[]): Promise<Buffer> => {
+      const { code, err } = await cli(['train', ...run(), 'max_steps=2', `output_dir=${at(out)}`, ...more]);
+      expect(err).not.toContain('error');
+      expect(code).toBe(0);
+      return readFile(at(out, 'adapter_model.safetensors'));
+    };
+    const whole = await adapter('whole');
+    const cut = await adapter('cut', 'max_gflop_per_dispatch=0.00005');
+    expect(cut.equals(whole)).toBe(true);
+    const cutting = await openCommandDevice({ maxGflopPerDispatch: 1e-6 });
+    scope(() => void matmul(cutting.zeros([64, 64]), cutting.zeros([64, 64])));
+    expect(cutting.stats().dispatches).toBeGreaterThan(1);
+    cutting.destroy();
+  });
+
   it('trains: header, preview, log lines, evaluation before and after, and the files', async () => {
     const result = await cli(['train', ...run(), 'max_steps=36', `output_dir=${at('out')}`]);
     expect(result.err).not.toContain('error');

@@ -112,7 +112,11 @@ export async function runTrain(context: CommandContext, args: readonly string[],
   });
   const data = await loadRunData(context, config, requireTokenizer(files.tokenizer, files.folder));
   if (from !== undefined) await refuseOtherRun(from, files, data);
-  const device = await openCommandDevice({ device: config.device, memoryLimitGb: config.memory_limit_gb });
+  const device = await openCommandDevice({
+    device: config.device,
+    memoryLimitGb: config.memory_limit_gb,
+    maxGflopPerDispatch: config.max_gflop_per_dispatch,
+  });
   try {
     await trainOn(context, device, { config, files, data, from });
   } finally {
