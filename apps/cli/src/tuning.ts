@@ -68,10 +68,5 @@ export async function tune(device: Device, env?: Environment): Promise<GemmTunin
 export async function applyTuning(device: Device, env?: Environment): Promise<void> {
   const known = await readTuning(device, env);
   if (known !== undefined) setGemmChoice(device, known);
-  else if (!isSoftware(device)) await tune(device, env);
-}
-
-/** True where kernels run on the processor. */
-export function isSoftware({ info }: Device): boolean {
-  return info.fallback || /llvmpipe|lavapipe|swiftshader/i.test(`${info.description} ${info.device}`);
+  else if (!device.info.fallback) await tune(device, env);
 }

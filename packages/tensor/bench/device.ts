@@ -1,6 +1,6 @@
 /** What the device reaches at most. `node packages/tensor/bench/run.mjs packages/tensor/bench/device.ts` */
 import { measurePeak, openDevice } from '@lorikeet/tensor';
-import { benchClock, benchResult, isSoftware } from '@lorikeet/testing';
+import { benchClock, benchResult } from '@lorikeet/testing';
 
 const device = await openDevice();
 const peak = await measurePeak(device, { now: benchClock(device) });
@@ -12,5 +12,5 @@ benchResult({
   name: 'copy by a kernel',
   value: peak.gigabytesPerSecond,
   unit: 'GB/s',
-  note: isSoftware(device) ? 'processor time' : 'wall clock',
+  note: device.info.fallback ? 'processor time' : 'wall clock',
 });

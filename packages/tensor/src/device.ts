@@ -1,6 +1,6 @@
 /** A device: memory, dispatches, reading back and counters, over a WebGPU device or over a plan. */
 import { openGpu } from '#gpu';
-import { type Backend, type BufferRange, defaultLimits, type DeviceLimits, type KernelTime } from './backend.js';
+import { type Backend, defaultLimits, type DeviceLimits, type KernelTime } from './backend.js';
 import { checkShape, type DType, decode, encode, type HostArray, rowsOf, sizeOf, storedBytes } from './dtype.js';
 import { DeviceError, ShapeError } from './errors.js';
 import { GpuBackend } from './gpu-backend.js';
@@ -124,7 +124,8 @@ function infoOf({ info, features: adapterFeatures }: GPUAdapter, features: GPUSu
     architecture: info.architecture,
     device: info.device,
     description: info.description,
-    fallback: info.isFallbackAdapter,
+    // Not every software driver says that it is one.
+    fallback: info.isFallbackAdapter || /llvmpipe|lavapipe|swiftshader/i.test(`${info.description} ${info.device}`),
     features: [...features].sort(),
     adapterFeatures: [...adapterFeatures].sort(),
     subgroupSize: features.has('subgroups') ? fixed : 0,
@@ -340,7 +341,6 @@ export class Device {
     const { flops = 0, constants = {} } = options;
     const list = kernel.bindingList.map((b) => tensors[b.name]);
     const bindings = list.map((t) => t.range);
-    this.#refuseAliases(kernel, bindings);
     const values = kernel.paramList.map(([name]) => {
       const value = params[name];
       if (value === undefined) throw new DeviceError(`kernel ${kernel.name}: parameter ${name} was not given`);
@@ -420,21 +420,6 @@ export class Device {
   /** Ends the device; tensors on it are gone. */
   destroy(): void {
     this.#backend.destroy();
-  }
-
-  /** WebGPU lets no dispatch write a buffer that it also binds elsewhere, but says so late and without the kernel's name. */
-  #refuseAliases(kernel: Kernel, bindings: readonly BufferRange[]): void {
-    for (let i = 0; i < bindings.length; i++) {
-      if (kernel.bindingList[i].access === 'read') continue;
-      for (let j = 0; j < bindings.length; j++) {
-        if (i === j || bindings[i].bufferId !== bindings[j].bufferId) continue;
-        const [written, other] = [kernel.bindingList[i].name, kernel.bindingList[j].name];
-        throw new DeviceError(
-          `kernel ${kernel.name}${this.#op === '' ? '' : ` of op ${this.#op}`}: ${written} is written and is the same buffer as ${other}; ` +
-            'write into a new tensor',
-        );
-      }
-    }
   }
 }
 

@@ -358,7 +358,7 @@ export class GpuBackend implements Backend {
     return pipeline;
   }
 
-  #bindGroup({ kernel, bindings }: Work): GPUBindGroup {
+  #bindGroup({ kernel, bindings, op }: Work): GPUBindGroup {
     let key = kernel.signature;
     for (const { bufferId, byteOffset, byteLength } of bindings) {
       key += `,${bufferId}@`;
@@ -366,6 +366,7 @@ export class GpuBackend implements Backend {
     }
     let group = this.#bindGroups.get(key);
     if (group === undefined) {
+      refuseAliases(kernel, bindings, op);
       const entries: GPUBindGroupEntry[] = bindings.map(({ bufferId, byteOffset, byteLength }, binding) => ({
         binding,
         resource: {
@@ -424,4 +425,17 @@ function kernelTimes(timed: Profile['timed'], times: BigUint64Array): KernelTime
     sum.milliseconds += Math.max(0, Number(times[2 * i + 1] - times[2 * i]) / 1e6);
   });
   return [...sums].map(([kernel, sum]) => ({ kernel, ...sum })).sort((a, b) => b.milliseconds - a.milliseconds);
+}
+
+/** WebGPU lets no dispatch write a buffer that it also binds elsewhere, but says so late and without the kernel's name. */
+function refuseAliases(kernel: Kernel, bindings: readonly BufferRange[], op: string): void {
+  bindings.forEach(({ bufferId }, i) => {
+    const twin = bindings.findIndex((other, j) => j !== i && other.bufferId === bufferId);
+    if (twin < 0 || kernel.bindingList[i].access === 'read') return;
+    const [written, other] = [kernel.bindingList[i].name, kernel.bindingList[twin].name];
+    throw new DeviceError(
+      `kernel ${kernel.name}${op === '' ? '' : ` of op ${op}`}: ${written} is written and is the same buffer as ${other}; ` +
+        'write into a new tensor',
+    );
+  });
 }

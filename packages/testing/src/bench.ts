@@ -26,12 +26,6 @@ export function benchResult(result: BenchResult): void {
   if (file !== undefined) appendFileSync(file, `${JSON.stringify(result)}\n`);
 }
 
-/** True where kernels run on the processor. */
-export function isSoftware(device: Device): boolean {
-  const { fallback, description, device: name } = device.info;
-  return fallback || /llvmpipe|swiftshader/i.test(`${description} ${name}`);
-}
-
 /** Processor time of this process in ms, divided by the two cores that a software device uses here. */
 export function processorTime(): number {
   const { user, system } = process.cpuUsage();
@@ -40,7 +34,7 @@ export function processorTime(): number {
 
 /** The clock that tells most: processor time on a software device, which other work does not disturb, else the wall clock. */
 export function benchClock(device: Device): () => number {
-  return isSoftware(device) ? processorTime : () => performance.now();
+  return device.info.fallback ? processorTime : () => performance.now();
 }
 
 /**

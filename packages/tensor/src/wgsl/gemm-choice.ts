@@ -24,11 +24,6 @@ export interface GemmChoice {
 
 const choices = new WeakMap<Device, GemmChoice>();
 
-/** True for what runs on the processor: there workgroup memory is as slow as any other. */
-function isSoftware({ info }: Device): boolean {
-  return info.fallback || /llvmpipe|swiftshader/i.test(`${info.description} ${info.device}`);
-}
-
 /** Tiers that can run on a device. */
 export function gemmTiers(device: Device): GemmTier[] {
   const broadcast = [8, 16, 32].includes(device.info.subgroupSize);
@@ -42,7 +37,7 @@ export function gemmChoice(device: Device): GemmChoice {
   const choice: GemmChoice =
     device.info.subgroupSize === 8
       ? { large: 'broadcast', small: 'broadcast', sliced: 'broadcast' }
-      : isSoftware(device)
+      : device.info.fallback
         ? { large: 'direct', small: 'direct', sliced: 'direct' }
         : { large: 'shared128', small: 'shared64', sliced: 'direct' };
   choices.set(device, choice);
