@@ -36,5 +36,8 @@ const [script, ...args] = process.argv.slice(2);
 // The texts that the base model was pretrained on (80 MB) are for the tests and for pretraining.
 const without = script === 'demo:only' ? ['--filter', '!@lorikeet/pretrain'] : [];
 pnpm('install', '--frozen-lockfile', '--prod=false', ...without);
-if (process.platform === 'linux') run('sh', 'scripts/setup-vulkan.sh');
+if (process.platform === 'linux') {
+  run('sh', 'scripts/setup-vulkan.sh');
+  if (script === 'check') run('sh', 'scripts/setup-chromium.sh');
+}
 pnpm('--silent', 'run', script, ...args);

@@ -1,9 +1,10 @@
 /**
- * What test suites share: a device, float64 arithmetic, `checkOp`, and the golden data where it is there.
+ * What test suites share: a device, float64 arithmetic, `checkOp`, and, where they are there, golden data and a browser.
  * @packageDocumentation
  */
 export * from './bench.js';
 export * from './check-op.js';
+export * from './chromium.js';
 export * from './device.js';
 export * from './float64.js';
 export * from './golden.js';
