@@ -53,6 +53,8 @@ export interface AdaptedModule extends Module {
   importParameters?(values: ReadonlyMap<string, Float32Array>): void;
   /** The shape that a parameter has in the file, of as many elements, where that is another than its own. */
   fileShape?(name: string): readonly number[];
+  /** The module's handles on frozen f32 tensors that all modules share: in the file once each, as `base_model.` and its name. */
+  sharedTensors?(): Iterable<readonly [name: string, tensor: Tensor]>;
   /** Adds the update to the base weight, computed in f32. The original weight is kept, so that `unmerge` is exact. */
   merge(): void;
   /** Puts the original weight back. */
@@ -70,26 +72,34 @@ export abstract class PeftLayer extends Layer implements AdaptedModule {
   abstract merge(): void;
   abstract unmerge(): void;
   fileShape?(name: string): readonly number[];
+  sharedTensors?(): Iterable<readonly [name: string, tensor: Tensor]>;
 
   detach(): Module {
     for (const [, parameter] of this.adapterParameters()) parameter.dispose();
+    for (const [, tensor] of this.sharedTensors?.() ?? []) tensor.dispose();
     return this.base_layer;
   }
 }
 
-/** What a method's `wrap` gets. */
-export interface WrapContext {
+/** What a method is told of an injection. */
+export interface MethodContext {
   readonly device: Device;
   /** The configuration; its `peft_type` is the method's name. */
   readonly config: AdapterConfig;
-  /** Path of the module in the model. */
-  readonly path: string;
   /** Seed of the initial values; with the path it decides them. */
   readonly seed: number;
   /** Width of the residual stream. */
   readonly hiddenSize: number;
   /** True where the values come from a file. */
   readonly loading: boolean;
+}
+
+/** What a method's `wrap` gets. */
+export interface WrapContext extends MethodContext {
+  /** Path of the module in the model. */
+  readonly path: string;
+  /** What the method's `shared` made. A module that uses one takes a handle of its own (`retain`). */
+  readonly shared: ReadonlyMap<string, Tensor>;
 }
 
 /** A parameter-efficient method. */
@@ -100,6 +110,8 @@ export interface PeftMethod {
   readonly accepts: (module: Module) => boolean;
   /** The module that takes the place of `module`; its parameters are made with `keep`, or by `adapterTensor`. */
   readonly wrap: (module: Module, context: WrapContext) => AdaptedModule;
+  /** Makes the frozen tensors that all wrapped modules share, by name, with `keep` or `adapterTensor`. */
+  readonly shared?: (targets: readonly Module[], context: MethodContext) => ReadonlyMap<string, Tensor>;
   /** Reads and checks the text of an adapter_config.json; `where` names the file in messages. */
   readonly parseConfig: (text: string, where: string) => AdapterConfig;
   /** The text of adapter_config.json; some files tell of the model. */
@@ -190,6 +202,15 @@ export class Adapter {
     return this.#method.keyOf?.(this.config, path, name) ?? `${adapterKeyPrefix}${path}.${name}`;
   }
 
+  /** The shared tensors by their name in the file. */
+  #shared(): ReadonlyMap<string, Tensor> {
+    const shared = new Map<string, Tensor>();
+    for (const layer of this.#layers.values()) {
+      for (const [name, tensor] of layer.sharedTensors?.() ?? []) shared.set(`base_model.${name}`, tensor);
+    }
+    return shared;
+  }
+
   /** Parameters with their names and shapes in the file. */
   *#stored(): Generator<{ path: string; key: string; parameter: Tensor; shape: readonly number[] }> {
     for (const [path, layer] of this.#layers) {
@@ -277,12 +298,14 @@ export class Adapter {
   async entries(): Promise<TensorEntry[]> {
     this.#expect('entries', 'beside', 'merged');
     const entries: TensorEntry[] = [];
+    const add = (name: string, shape: readonly number[], values: Float32Array): void => {
+      entries.push({ name, dtype: 'F32', shape, data: encodeFloats(values, 'F32').bytes });
+    };
     for (const [path, layer] of this.#layers) {
       const exported = (await layer.exportedParameters?.()) ?? (await ownParameters(layer));
-      for (const { name, shape, values } of exported) {
-        entries.push({ name: this.#key(path, name), dtype: 'F32', shape, data: encodeFloats(values, 'F32').bytes });
-      }
+      for (const { name, shape, values } of exported) add(this.#key(path, name), shape, values);
     }
+    for (const [name, tensor] of this.#shared()) add(name, tensor.shape, Float32Array.from(await tensor.read()));
     return entries;
   }
 
@@ -339,12 +362,13 @@ export class Adapter {
         if (shapes !== undefined && [...shapes].every(fits)) exported.set(path, shapes);
       }
       const stored = [...this.#stored()].filter(({ path }) => !exported.has(path));
-      const expected = new Map(stored.map(({ key, shape }) => [key, shape]));
+      const shared = [...this.#shared()].map(([key, parameter]) => ({ key, parameter, shape: parameter.shape }));
+      const expected = new Map([...stored, ...shared].map(({ key, shape }) => [key, shape]));
       for (const [path, shapes] of exported) {
         for (const [name, shape] of shapes) expected.set(this.#key(path, name), shape);
       }
       checkAdapterKeys(expected, new Map([...file.tensors].map(([name, { shape }]) => [name, shape])), file.name);
-      for (const { key, parameter } of stored) {
+      for (const { key, parameter } of [...stored, ...shared]) {
         const values = await file.readFloats(key);
         scope(() => this.#device.copy(this.#device.fromArray(values, parameter.shape), parameter));
       }
@@ -480,7 +504,9 @@ function inject(
   const [first] = model.namedParameters();
   const device = first[1].device;
   const hiddenSize = hiddenSizeOf(modules.values());
-  const contexts = targets.map((path): WrapContext => ({ device, config, path, seed, hiddenSize, loading }));
+  const context: MethodContext = { device, config, seed, hiddenSize, loading };
+  const shared = method.shared?.(targets.map(at), context) ?? new Map<string, Tensor>();
+  const contexts = targets.map((path): WrapContext => ({ ...context, path, shared }));
   const layers = new Map<string, AdaptedModule>();
   try {
     for (const context of contexts) layers.set(context.path, method.wrap(at(context.path), context));
@@ -489,6 +515,9 @@ function inject(
   } catch (error) {
     for (const layer of layers.values()) layer.detach();
     throw error;
+  } finally {
+    // The modules have handles of their own.
+    for (const tensor of shared.values()) tensor.dispose();
   }
   for (const [path, layer] of layers) {
     model.replace(path, layer);
