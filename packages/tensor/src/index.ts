@@ -123,7 +123,7 @@ export {
 export { type Nf4Type, nf4DynamicMap, nf4Values } from './nf4.js';
 export { dequantize, type Nf4Source, nf4Sources, quantize, type QuantizeOptions, Quantizer } from './quantized.js';
 export { type ConversionReport, loadTensor, type LoadTensorOptions } from './convert.js';
-export { joinRows, writeRows } from './parts.js';
+export { convertInto, joinRows, writeRows } from './parts.js';
 export { type DevicePeak, leastTime, measurePeak } from './peak.js';
 export { gemv, gemvGated, gemvSide, type GemvNorm, type GemvOptions } from './wgsl/gemv.js';
 export { decodeAppend, decodeAttention, type DecodeOptions, decodesAttention } from './ops/decode.js';

@@ -253,6 +253,15 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
     dropout,
   };
   const { parts } = b;
+  if (out.parts.length > 1) {
+    if (parts.length > 1 || transA || batched || dropout !== undefined) {
+      throw new DeviceError(
+        `gemm: out [${out.shape.join(', ')}] lies in ${out.parts.length} parts by rows; that takes a whole b, an a that is neither ` +
+          'transposed nor a batch, and no dropout',
+      );
+    }
+    return byRows(a, b, out.parts, call);
+  }
   if (parts.length === 1) return dispatch(a, b, out, call);
   if (batched || transA || parts.some((part, i) => i < parts.length - 1 && part.rows % 8 !== 0)) {
     throw new DeviceError(
@@ -262,6 +271,20 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
   }
   if (transB) return byColumns(a, parts, out, call);
   alongK(a, parts, out, call);
+}
+
+/** Each part of out takes rows of a. */
+function byRows(a: Tensor, b: Tensor, parts: readonly Tensor[], call: Call): void {
+  let from = 0;
+  for (const part of parts) {
+    dispatch(a, b, part, {
+      ...call,
+      m: part.rows,
+      fromA: from * a.pitch,
+      tail: call.tail && { ...call.tail, fromA: from * call.tail.a.pitch },
+    });
+    from += part.rows;
+  }
 }
 
 /** Each part of b gives columns of out. */
