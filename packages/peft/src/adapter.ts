@@ -79,6 +79,11 @@ export abstract class PeftLayer extends Layer implements AdaptedModule {
     for (const [, tensor] of this.sharedTensors?.() ?? []) tensor.dispose();
     return this.base_layer;
   }
+
+  override dispose(): void {
+    super.dispose();
+    for (const [, tensor] of this.sharedTensors?.() ?? []) tensor.dispose();
+  }
 }
 
 /** What a method is told of an injection. */

@@ -2,6 +2,7 @@ export * from './format.js';
 export { compileNamePattern } from './name-pattern.js';
 export * from './targets.js';
 export * from './adapter.js';
+export { PeftLinear } from './peft-linear.js';
 export { Factor, type LoraLayerOptions, LoraLinear } from './lora-layer.js';
 export { lora } from './methods/lora.js';
 export { DoraLinear } from './methods/dora.js';

@@ -3,19 +3,8 @@
  * y = (W x) * l, and times the inputs of the feed-forward's last layer, y = W (x * l).
  */
 import { type Init, initialValues, Linear, type Module } from '@lorikeet/nn';
-import {
-  add,
-  type JsonObject,
-  keep,
-  mul,
-  parseJsonObject,
-  scale,
-  scaleColumns,
-  scope,
-  sum,
-  type Tensor,
-} from '@lorikeet/tensor';
-import { adapterTensor, definePeft, PeftLayer, type PeftMethod, type WrapContext } from '../adapter.js';
+import { type JsonObject, parseJsonObject, scaleColumns, type Tensor } from '@lorikeet/tensor';
+import { adapterTensor, definePeft, type PeftLayer, type PeftMethod, type WrapContext } from '../adapter.js';
 import {
   type AdapterConfig,
   AdapterError,
@@ -25,7 +14,8 @@ import {
   readPeftConfig,
   serializeAdapterConfig,
 } from '../format.js';
-import { MergedWeight, storedLike, wideCopy } from '../merged-weight.js';
+import { wideCopy } from '../merged-weight.js';
+import { PeftLinear } from '../peft-linear.js';
 import { scaleRows } from '../scale-rows.js';
 import { namesTest } from '../targets.js';
 
@@ -77,25 +67,19 @@ function read(object: JsonObject, where: string): Ia3Config {
 }
 
 /** A linear layer with a factor on each output, or on each input. */
-export class Ia3Linear extends PeftLayer {
-  readonly base_layer: Linear;
+export class Ia3Linear extends PeftLinear {
   /** [out] or, of a feed-forward layer, [in]; f32 */
   ia3_l: Tensor;
   readonly #feedforward: boolean;
-  readonly #merged: MergedWeight;
 
   /** @param feedforward scales the inputs rather than the outputs */
   constructor(base: Linear, factors: Tensor, feedforward: boolean) {
-    super();
-    this.base_layer = base;
+    super(base);
     this.ia3_l = factors;
     this.#feedforward = feedforward;
-    this.#merged = new MergedWeight(base);
   }
 
-  /** x: [..., in] -> [..., out] */
-  override forward(x: Tensor): Tensor {
-    if (this.#merged.merged) return this.base_layer.forward(x);
+  protected override adapted(x: Tensor): Tensor {
     if (this.#feedforward) return this.base_layer.forward(scaleColumns(x, this.ia3_l));
     return scaleColumns(this.base_layer.forward(x), this.ia3_l);
   }
@@ -109,39 +93,9 @@ export class Ia3Linear extends PeftLayer {
     return this.#feedforward ? [1, this.ia3_l.size] : [this.ia3_l.size, 1];
   }
 
-  #scaled(weight: Tensor): Tensor {
+  protected override withUpdate(weight: Tensor): Tensor {
     const wide = wideCopy(weight);
     return this.#feedforward ? scaleColumns(wide, this.ia3_l) : scaleRows(wide, this.ia3_l);
-  }
-
-  override merge(): void {
-    this.#merged.merge((weight) => storedLike(this.#scaled(weight), weight));
-  }
-
-  override unmerge(): void {
-    this.#merged.unmerge();
-  }
-
-  /** Forms the update. */
-  async updateNorm(): Promise<number> {
-    const square = scope(() => {
-      const weight = this.#merged.original;
-      const update = add(this.#scaled(weight), scale(wideCopy(weight), -1));
-      return keep(sum(mul(update, update)));
-    });
-    const reading = square.item();
-    square.dispose();
-    return Math.sqrt(await reading);
-  }
-
-  override detach(): Module {
-    this.#merged.dispose();
-    return super.detach();
-  }
-
-  override dispose(): void {
-    super.dispose();
-    this.#merged.dispose();
   }
 }
 
