@@ -37,14 +37,14 @@ interface Piece {
   readonly labels: number[];
 }
 
-/** Groups of pieces that go through the head together; a row of more than `limit` tokens is cut. */
-function groupsOf(batch: Batch, limit: number): Piece[][] {
+/** Groups of pieces of at most `most` tokens that go through the head together, at most `limit` tokens at once. */
+function groupsOf(batch: Batch, limit: number, most: number): Piece[][] {
   const groups: Piece[][] = [];
   let room = 0;
   for (let b = 0; b < batch.B; b++) {
     const { positions, labels } = supervisedOf(batch, b);
-    for (let from = 0; from < positions.length; from += limit) {
-      const to = Math.min(positions.length, from + limit);
+    for (let from = 0; from < positions.length; from += most) {
+      const to = Math.min(positions.length, from + most);
       if (to - from > room) {
         groups.push([]);
         room = limit;
@@ -56,12 +56,13 @@ function groupsOf(batch: Batch, limit: number): Piece[][] {
   return groups;
 }
 
-/** -log p of each piece, as scalars on the device. */
-function losses(model: CausalLM, batch: Batch): { readonly b: number; readonly loss: Tensor }[] {
+/** -log p of each piece, as scalars on the device. A piece is a row, or what of it goes through the head at once, or one token. */
+function losses(model: CausalLM, batch: Batch, of: 'row' | 'token'): { readonly b: number; readonly loss: Tensor }[] {
   const h = flatHidden(model, batch);
   const { device } = h;
   const i32 = (values: readonly number[]): Tensor => device.fromArray(values, [values.length], 'i32');
-  return groupsOf(batch, logitsRows(model.vocabSize)).flatMap((group) =>
+  const limit = logitsRows(model.vocabSize);
+  return groupsOf(batch, limit, of === 'row' ? limit : 1).flatMap((group) =>
     scope(() => {
       const logits = model.logits(gatherRows(h, i32(group.flatMap(({ positions }) => positions))));
       let row = 0;
@@ -71,6 +72,17 @@ function losses(model: CausalLM, batch: Batch): { readonly b: number; readonly l
       });
     }),
   );
+}
+
+async function readLosses(
+  model: CausalLM,
+  batch: Batch,
+  of: 'row' | 'token',
+): Promise<{ readonly b: number; readonly loss: number }[]> {
+  const pieces = scope(() => keep(losses(model, batch, of)));
+  const read = Promise.all(pieces.map(({ loss }) => loss.item()));
+  for (const { loss } of pieces) loss.dispose();
+  return (await read).map((loss, p) => ({ b: pieces[p].b, loss }));
 }
 
 /**
@@ -98,14 +110,33 @@ export async function scoreCompletions(
     signal?.throwIfAborted();
     const members = order.slice(from, from + batchSize);
     const batch = toBatch(members.map((i) => examples[i]));
-    const pieces = scope(() => keep(losses(model, batch)));
-    const read = Promise.all(pieces.map(({ loss }) => loss.item()));
-    for (const { loss } of pieces) loss.dispose();
-    for (const [p, loss] of (await read).entries()) logProb[members[pieces[p].b]] -= loss;
+    for (const { b, loss } of await readLosses(model, batch, 'row')) logProb[members[b]] -= loss;
     members.forEach((i, b) => {
       tokens[i] = supervisedOf(batch, b).labels.length;
     });
     onProgress?.(Math.min(order.length, from + batchSize), order.length);
   }
   return { logProb, tokens };
+}
+
+/**
+ * -log p of every supervised token of each example, in nats, in the order of the tokens. For a look at a few rows: each
+ * token is a reduction of its own.
+ *
+ * @throws DataError for examples that the model cannot take; the signal's reason when `options.signal` is aborted
+ */
+export async function tokenLosses(
+  model: CausalLM,
+  examples: readonly TokenizedExample[],
+  options: Pick<ScoreOptions, 'collate' | 'signal'> = {},
+): Promise<Float64Array[]> {
+  checkExamples(examples, model.vocabSize, 'scoring');
+  const toBatch = collatorOf(options.collate);
+  const found: Float64Array[] = [];
+  for (const example of examples) {
+    options.signal?.throwIfAborted();
+    const read = await readLosses(model, toBatch([example]), 'token');
+    found.push(Float64Array.from(read, ({ loss }) => loss));
+  }
+  return found;
 }

@@ -2,7 +2,7 @@ import { logitsRows } from '@lorikeet/tensor';
 import { testDevice } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import { collate, ignoreIndex, type TokenizedExample } from '../src/data.js';
-import { scoreCompletions } from '../src/score.js';
+import { scoreCompletions, tokenLosses } from '../src/score.js';
 import { logProbs64, tinyLM, weights64 } from './tiny-lm.js';
 
 const device = await testDevice();
@@ -60,6 +60,33 @@ it('completions of more tokens than go through the head at a time are summed', a
     const wanted = logProbs64(weights, collate([row], { padToMultipleOf: 1 }))[0].reduce((a, b) => a + b, 0);
     expect(Math.abs(logProb[i] - wanted) / Math.abs(wanted)).toBeLessThanOrEqual(1e-5);
   }
+  model.dispose();
+});
+
+it('-log p of each token as float64 says, which sum up to the score', async () => {
+  const model = await tinyLM(device, { claimedVocab: 1e6 });
+  const limit = logitsRows(1e6);
+  // More tokens than go through the head at a time.
+  const rows = [
+    example(0, [1, 2, 3, 9, 10, 11], 3),
+    example(
+      1,
+      Array.from({ length: limit + 9 }, (_, t) => t % 12),
+      4,
+    ),
+  ];
+  const before = device.stats().liveBytes;
+  const found = await tokenLosses(model, rows);
+  expect(device.stats().liveBytes).toBe(before);
+  const weights = await weights64(model);
+  const { logProb } = await scoreCompletions(model, rows);
+  for (const [i, row] of rows.entries()) {
+    const wanted = logProbs64(weights, collate([row], { padToMultipleOf: 1 }))[0];
+    expect(found[i]).toHaveLength(row.supervised);
+    found[i].forEach((loss, t) => expect(Math.abs(loss + wanted[t]) / Math.abs(wanted[t])).toBeLessThanOrEqual(1e-5));
+    expect(found[i].reduce((a, b) => a + b)).toBeCloseTo(-logProb[i], 3);
+  }
+  await expect(tokenLosses(model, rows, { signal: AbortSignal.abort(new Error('enough')) })).rejects.toThrow('enough');
   model.dispose();
 });
 
