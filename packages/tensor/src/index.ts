@@ -90,6 +90,7 @@ export { dropout, dropoutMaskReference, dropoutOp, type DropoutOptions } from '.
 export { embedding, embeddingOp, type EmbeddingOptions } from './ops/embedding.js';
 export { gatherRows, gatherRowsOp } from './ops/gather-rows.js';
 export { loraLinear, loraLinearOp, type LoraLinearOptions } from './ops/lora-linear.js';
+export { loraSum, loraSumByRowOp, loraSumOp, type LoraTerm } from './ops/lora-sum.js';
 export { mul, mulOp } from './ops/mul.js';
 export { philox } from './ops/philox.js';
 export { relu, reluOp } from './ops/relu.js';

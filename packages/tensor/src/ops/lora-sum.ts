@@ -1,0 +1,260 @@
+/** Several low-rank updates beside one weight, each on all rows of a batch or on rows of its own. */
+import { type DType, pitchOf } from '../dtype.js';
+import { LorikeetError, ShapeError } from '../errors.js';
+import { defineKernel, type Kernel } from '../kernel.js';
+import { defineOp, type Op } from '../op.js';
+import type { Tensor } from '../tensor.js';
+import { gemm } from '../wgsl/gemm.js';
+import { checkDropout, type DropoutOptions } from './dropout.js';
+
+/** One update of `loraSum`: scale B A. */
+export interface LoraTerm {
+  /** [R, D] */
+  readonly a: Tensor;
+  /** [O, R] */
+  readonly b: Tensor;
+  readonly scale: number;
+  /** Dropout on the update's input only. */
+  readonly dropout?: DropoutOptions | undefined;
+}
+
+interface Attrs {
+  readonly scales: readonly number[];
+  readonly dropouts: readonly (DropoutOptions | undefined)[];
+  readonly dtypes: readonly DType[];
+}
+
+/** Copies the columns of one matrix into another, by quads. */
+function columnsKernel(byRow: boolean): Kernel {
+  return defineKernel({
+    name: byRow ? 'copy_columns_by_row' : 'copy_columns',
+    bindings: { x: 'read', ...(byRow ? { chosen: { access: 'read', width: 1 } as const } : {}), out: 'update' },
+    params: {
+      quads: 'u32',
+      row_quads: 'u32',
+      x_quads: 'u32',
+      from_x: 'u32',
+      out_quads: 'u32',
+      from_out: 'u32',
+      factor: 'f32',
+      ...(byRow ? ({ tokens: 'u32', term: 'i32' } as const) : {}),
+    },
+    workgroupSize: 64,
+    body: `
+fn kernel(group: u32, lane: u32) {
+  let i = group * WORKGROUP + lane;
+  if (i >= P.quads) { return; }
+  let row = i / P.row_quads;
+  let quad = i % P.row_quads;
+  var v = P.factor * x_load4(row * P.x_quads + P.from_x + quad);
+  ${byRow ? 'if (chosen_load(row / P.tokens) != P.term) { v = vec4<f32>(0.0); }' : ''}
+  out_store4(row * P.out_quads + P.from_out + quad, v);
+}`,
+  });
+}
+
+const kernels = { all: columnsKernel(false), byRow: columnsKernel(true) };
+
+/** The rows that a term is for: the others become zero. */
+interface OwnRows {
+  /** i32 [N], the number of the term that each row of the batch has */
+  readonly chosen: Tensor;
+  readonly term: number;
+}
+
+/**
+ * Copies the columns of the narrower of two matrices, padding included, from or to column `from` of the wider, times a
+ * factor.
+ */
+function copyColumns(x: Tensor, out: Tensor, from: number, factor = 1, own?: OwnRows): void {
+  const row_quads = Math.min(x.pitch, out.pitch) / 4;
+  const quads = x.rows * row_quads;
+  const narrows = out.pitch < x.pitch;
+  x.device.dispatch(
+    own === undefined ? kernels.all : kernels.byRow,
+    { x, ...(own === undefined ? {} : { chosen: own.chosen }), out },
+    {
+      quads,
+      row_quads,
+      x_quads: x.pitch / 4,
+      from_x: narrows ? from / 4 : 0,
+      out_quads: out.pitch / 4,
+      from_out: narrows ? 0 : from / 4,
+      factor,
+      ...(own === undefined ? {} : { tokens: x.rows / own.chosen.size, term: own.term }),
+    },
+    Math.ceil(quads / 64),
+  );
+}
+
+/**
+ * Where the terms' columns lie in a matrix of all of them: each has its own padding behind it. That is zeros, which change
+ * no sum, so that a row with one term has the bits that `loraLinear` gives.
+ */
+function layout(ranks: readonly number[]): { readonly from: readonly number[]; readonly columns: number } {
+  const from: number[] = [];
+  let columns = 0;
+  for (const rank of ranks) {
+    from.push(columns);
+    columns += pitchOf(rank, 'f32');
+  }
+  return { from, columns };
+}
+
+/** The columns of all terms' B side by side, f32 [O, columns]. */
+function joined(bs: readonly Tensor[], from: readonly number[], columns: number): Tensor {
+  const [first] = bs;
+  const all = first.device.empty([first.rows, columns], 'f32');
+  bs.forEach((b, i) => copyColumns(b, all, from[i]));
+  return all;
+}
+
+/** Every second one from `first` on. */
+const everySecond = <T>(list: readonly T[], first: number): T[] =>
+  list.filter((_, i) => i >= first && (i - first) % 2 === 0);
+
+function makeOp(terms: number, byRow: boolean): Op<Attrs> {
+  const index = Array.from({ length: terms }, (_, i) => i);
+  const factors = index.map((i) => `, a${i}[R${i}, D], b${i}[O, R${i}]`).join('');
+  // Inputs before the first factor.
+  const head = byRow ? 3 : 2;
+  return defineOp<Attrs>({
+    name: 'loraSum',
+    contract: `x[..., D], w[O, D]${byRow ? ', chosen[N]' : ''}${factors} -> [..., O]`,
+    weights: ['w', ...index.flatMap((i) => [`a${i}`, `b${i}`])],
+    quantized: ['w'],
+    ...(byRow ? { integers: ['chosen'] } : {}),
+    forward: (inputs, { attrs: { scales, dropouts, dtypes }, shapes, needs, wanted }) => {
+      const [x, w] = inputs;
+      const { device } = x;
+      const chosen = byRow ? inputs[2] : undefined;
+      const as = everySecond(inputs, head);
+      const bs = everySecond(inputs, head + 1);
+      const { from, columns } = layout(as.map((a) => a.rows));
+      // What every term gives its B, side by side; the scales are in it.
+      const xa = device.empty([x.rows, columns], 'f32');
+      as.forEach((a, i) => {
+        const one = device.empty([x.rows, a.rows], 'f32');
+        const dropout = dropouts[i];
+        gemm(x, a, one, { transB: true, alpha: scales[i], dropout: dropout && { ...dropout, of: 'a' } });
+        copyColumns(one, xa, from[i], 1, chosen && { chosen, term: i });
+        one.dispose();
+      });
+      const y = wanted[0] ? device.empty(shapes[0], dtypes[0]) : device.placeholder(shapes[0], dtypes[0]);
+      if (wanted[0]) gemm(x, w, y, { transB: true, tail: { a: xa, b: joined(bs, from, columns) } });
+      const factorNeeds = needs.slice(head);
+      const [needX, needW] = needs;
+      const needA = everySecond(factorNeeds, 0).includes(true);
+      const needB = everySecond(factorNeeds, 1).includes(true);
+      return {
+        outputs: [y],
+        saved: [
+          needW || needA ? x : undefined,
+          needX ? w : undefined,
+          chosen,
+          needB ? xa : undefined,
+          ...as.map((a) => (needX ? a : undefined)),
+          ...bs.map((b) => (needX || needA ? b : undefined)),
+        ],
+      };
+    },
+    vjp: ({ dys: [dy], saved, needs, attrs: { scales, dropouts, dtypes }, shapes, into }) => {
+      if (dy === undefined) return [];
+      const { device } = dy;
+      const [x, w, chosen, xa] = saved;
+      const as = saved.slice(4, 4 + terms);
+      const bs = saved.slice(4 + terms).filter((b) => b !== undefined);
+      const ranks = index.map((i) => shapes[head + 2 * i][0]);
+      const { from, columns } = layout(ranks);
+      const grad = (i: number): Tensor => device.empty(shapes[i], dtypes[i]);
+      const grads: (Tensor | undefined)[] = shapes.map(() => undefined);
+      if (needs[0] && w !== undefined) {
+        grads[0] = grad(0);
+        gemm(dy, w, grads[0]);
+      }
+      if (needs[1] && x !== undefined) {
+        grads[1] = grad(1);
+        gemm(dy, x, grads[1], { transA: true });
+      }
+      if (bs.length > 0) {
+        // What reaches the bottlenecks, side by side.
+        const all = device.empty([dy.rows, columns], 'f32');
+        gemm(dy, joined(bs, from, columns), all);
+        for (const i of index) {
+          const at = head + 2 * i;
+          const [a, dropout, dx] = [as[i], dropouts[i], grads[0]];
+          if (!needs[at] && dx === undefined) continue;
+          const g = device.empty([dy.rows, ranks[i]], 'f32');
+          copyColumns(all, g, from[i], scales[i], chosen && { chosen, term: i });
+          if (needs[at] && x !== undefined) {
+            const target = into[at] ?? grad(at);
+            const mask = dropout && ({ ...dropout, of: 'b' } as const);
+            gemm(g, x, target, { transA: true, accumulate: into[at] !== undefined, dropout: mask });
+            grads[at] = target;
+          }
+          if (dx !== undefined && a !== undefined) {
+            gemm(g, a, dx, { accumulate: true, dropout: dropout && { ...dropout, of: 'out' } });
+          }
+          g.dispose();
+        }
+      }
+      if (xa !== undefined) {
+        for (const i of index) {
+          const at = head + 2 * i + 1;
+          if (!needs[at]) continue;
+          const one = device.empty([dy.rows, ranks[i]], 'f32');
+          copyColumns(xa, one, from[i]);
+          const target = into[at] ?? grad(at);
+          gemm(dy, one, target, { transA: true, accumulate: into[at] !== undefined });
+          grads[at] = target;
+          one.dispose();
+        }
+      }
+      return grads;
+    },
+  });
+}
+
+const ops = new Map<string, Op<Attrs>>();
+
+/** The op for so many terms: each number of inputs has a contract of its own. */
+function opOf(terms: number, byRow: boolean): Op<Attrs> {
+  const key = `${terms} ${byRow}`;
+  let op = ops.get(key);
+  if (op === undefined) {
+    op = makeOp(terms, byRow);
+    ops.set(key, op);
+  }
+  return op;
+}
+
+/** @internal Two terms on all rows. */
+export const loraSumOp: Op<Attrs> = opOf(2, false);
+/** @internal Two terms by row. */
+export const loraSumByRowOp: Op<Attrs> = opOf(2, true);
+
+/**
+ * y = x w^T + sum over the terms of scale (dropout(x) a^T) b^T, in the sums of the base product; ranks may differ.
+ * x: [..., D], w: [O, D], a: [R, D], b: [O, R] -> [..., O], stored as x.
+ *
+ * With `chosen`, i32 [N], each of the N rows of the batch has one term, by its place in `terms`, and none where the number
+ * is another, such as -1. x is [N, D] or [N, T, D] then. A row has the bits that `loraLinear` gives with its term alone.
+ *
+ * @throws LorikeetError without terms or for a dropout option out of its range
+ * @throws ShapeError where shapes do not fit, or the rows of x are not the batch's
+ */
+export function loraSum(x: Tensor, w: Tensor, terms: readonly LoraTerm[], chosen?: Tensor): Tensor {
+  if (terms.length === 0) throw new LorikeetError('loraSum: there are no terms; linear(x, w) is what is left');
+  for (const { dropout } of terms) if (dropout !== undefined) checkDropout(dropout, 'loraSum');
+  if (chosen !== undefined && (x.shape.length < 2 || x.shape[0] !== chosen.size)) {
+    throw new ShapeError(
+      `loraSum: terms are chosen for ${chosen.size} rows, but x is [${x.shape.join(', ')}]; its first axis must be the batch`,
+    );
+  }
+  const inputs = [x, w, ...(chosen === undefined ? [] : [chosen]), ...terms.flatMap(({ a, b }) => [a, b])];
+  return opOf(terms.length, chosen !== undefined).run(inputs, {
+    scales: terms.map(({ scale }) => scale),
+    dropouts: terms.map(({ dropout }) => (dropout?.p === 0 ? undefined : dropout)),
+    dtypes: inputs.map(({ dtype }) => dtype),
+  })[0];
+}
