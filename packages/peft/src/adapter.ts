@@ -23,7 +23,6 @@ import {
   AdapterError,
   adapterKeyPrefix,
   checkAdapterKeys,
-  type LoraConfig,
   loraConfig,
   type LoraOptions,
 } from './format.js';
@@ -531,6 +530,27 @@ function inject(
   return { adapter: new Adapter(model, config, layers, device), contexts };
 }
 
+/**
+ * Reads the text of an adapter_config.json of any known method.
+ * @param where the file's name, for messages
+ * @throws FormatError that lists everything that is wrong, AdapterError where the method is not known
+ */
+export function parsePeftConfig(text: string, where = 'adapter_config.json'): AdapterConfig {
+  const object = parseJsonObject(text, where);
+  const type = object['peft_type'];
+  // Without a type, LoRA's reader says what is wrong.
+  const method =
+    type === undefined
+      ? ([...methods.values()].find((m) => m.claims?.(object)) ?? methodOf('LORA', `${where}: `))
+      : methodOf(typeof type === 'string' ? type : JSON.stringify(type), `${where}: `);
+  return method.parseConfig(text, where);
+}
+
+/** The name of the file that holds the parameters of an adapter. */
+export function adapterWeightsFile(config: AdapterConfig): string {
+  return weightsFileOf(methodOf(config.peft_type, ''));
+}
+
 /** Reads adapter_config.json of a folder, injects that adapter and loads its values. Nothing stays injected on failure. */
 export async function loadAdapter(model: Module, folder: ByteFolder, options: InjectOptions = {}): Promise<Adapter> {
   const source = await folder.open('adapter_config.json');
@@ -542,15 +562,8 @@ export async function loadAdapter(model: Module, folder: ByteFolder, options: In
   } finally {
     await source.close?.();
   }
-  const where = `${folder.name}/adapter_config.json`;
-  const object = parseJsonObject(text, where);
-  const type = object['peft_type'];
-  // Without a type, LoRA's reader says what is wrong.
-  const method =
-    type === undefined
-      ? ([...methods.values()].find((m) => m.claims?.(object)) ?? methodOf('LORA', `${where}: `))
-      : methodOf(typeof type === 'string' ? type : JSON.stringify(type), `${where}: `);
-  const adapter = await create(model, method.parseConfig(text, where), options, true);
+  const config = parsePeftConfig(text, `${folder.name}/adapter_config.json`);
+  const adapter = await create(model, config, options, true);
   try {
     await adapter.load(folder);
     return adapter;
@@ -562,7 +575,7 @@ export async function loadAdapter(model: Module, folder: ByteFolder, options: In
 
 /** How a model is to be made trainable: what a trainer takes without knowing any method. */
 export interface AdapterInjector {
-  readonly config: LoraConfig;
+  readonly config: AdapterConfig;
   /** True where the start is computed from the weights, so that only `create` will do. */
   readonly readsWeights: boolean;
   /** Puts a new adapter into the model, see `injectAdapter`. */
@@ -572,17 +585,23 @@ export interface AdapterInjector {
 }
 
 /**
- * A LoRA adapter to be, for `peft_config` of `SFTTrainer`.
+ * An adapter to be, for `peft_config` of `SFTTrainer`.
+ * @param adapter the configuration of any method, or settings of LoRA
  * @throws FormatError that lists every wrong setting
  */
-export function peftConfig(lora: LoraOptions = {}, options: InjectOptions = {}): AdapterInjector {
-  const config = loraConfig(lora);
+export function peftConfig(adapter: AdapterConfig | LoraOptions = {}, options: InjectOptions = {}): AdapterInjector {
+  const config = isAdapterConfig(adapter) ? adapter : loraConfig(adapter);
   return {
     config,
     readsWeights: methodOf(config.peft_type, '').initializes?.(config) === true,
     inject: (model) => injectAdapter(model, config, options),
     create: (model) => createAdapter(model, config, options),
   };
+}
+
+/** A configuration names its method, which settings of LoRA do not. */
+function isAdapterConfig(adapter: AdapterConfig | LoraOptions): adapter is AdapterConfig {
+  return 'peft_type' in adapter;
 }
 
 /**
