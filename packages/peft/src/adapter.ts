@@ -103,7 +103,7 @@ export interface WrapContext extends MethodContext {
   /** Path of the module in the model. */
   readonly path: string;
   /** What the method's `shared` made. A module that uses one takes a handle of its own (`retain`). */
-  readonly shared: ReadonlyMap<string, Tensor>;
+  readonly shared: Readonly<Record<string, Tensor>>;
 }
 
 /** A parameter-efficient method. */
@@ -115,7 +115,7 @@ export interface PeftMethod {
   /** The module that takes the place of `module`; its parameters are made with `keep`, or by `adapterTensor`. */
   readonly wrap: (module: Module, context: WrapContext) => AdaptedModule;
   /** Makes the frozen tensors that all wrapped modules share, by name, with `keep` or `adapterTensor`. */
-  readonly shared?: (targets: readonly Module[], context: MethodContext) => ReadonlyMap<string, Tensor>;
+  readonly shared?: (targets: readonly Module[], context: MethodContext) => Readonly<Record<string, Tensor>>;
   /** Reads and checks the text of an adapter_config.json; `where` names the file in messages. */
   readonly parseConfig: (text: string, where: string) => AdapterConfig;
   /** The text of adapter_config.json; some files tell of the model. */
@@ -509,7 +509,7 @@ function inject(
   const device = first[1].device;
   const hiddenSize = hiddenSizeOf(modules.values());
   const context: MethodContext = { device, config, seed, hiddenSize, loading };
-  const shared = method.shared?.(targets.map(at), context) ?? new Map<string, Tensor>();
+  const shared = method.shared?.(targets.map(at), context) ?? {};
   const contexts = targets.map((path): WrapContext => ({ ...context, path, shared }));
   const layers = new Map<string, AdaptedModule>();
   try {
@@ -521,7 +521,7 @@ function inject(
     throw error;
   } finally {
     // The modules have handles of their own.
-    for (const tensor of shared.values()) tensor.dispose();
+    for (const tensor of Object.values(shared)) tensor.dispose();
   }
   for (const [path, layer] of layers) {
     model.replace(path, layer);
