@@ -3,7 +3,7 @@
  * values. The prompts of a batch are padded on the left, so that all rows end at the same position; a row's tokens do not
  * depend on the rows beside it.
  */
-import { Random, randomStreams } from '@lorikeet/nn';
+import { Random, randomStreams, withBatchRows } from '@lorikeet/nn';
 import {
   type Device,
   gatherRows,
@@ -284,11 +284,13 @@ class BatchState {
       const points = Float32Array.from(this.#batch, ({ row }) => row.random.uniform());
       device.write(this.#sampling.points, new Uint8Array(points.buffer));
     }
+    const places = this.#batch.map(({ place }) => place);
     scope(() => {
-      const logits =
+      const logits = withBatchRows(places, () =>
         prompt === undefined
           ? decodeLogits(model, this.#sampling.ids, this.#spans, cache)
-          : promptLogits(model, device.fromArray(prompt, [B, prompt.length / B], 'i32'), this.#spans, cache);
+          : promptLogits(model, device.fromArray(prompt, [B, prompt.length / B], 'i32'), this.#spans, cache),
+      );
       sample(logits, this.#sampling, {
         draw: do_sample,
         temperature,

@@ -2,6 +2,7 @@
  * Modules as plain fields, the layers of Mistral, and where their weights come from.
  * @packageDocumentation
  */
+export * from './batch.js';
 export * from './layers.js';
 export * from './model.js';
 export * from './module.js';

@@ -1,6 +1,16 @@
 /** A linear layer with low-rank factors beside it, and what holds them. */
 import { type Linear, Module, trainingContext } from '@lorikeet/nn';
-import { add, type DropoutOptions, gemm, keep, linear, loraLinear, scope, type Tensor } from '@lorikeet/tensor';
+import {
+  add,
+  type DropoutOptions,
+  gemm,
+  keep,
+  linear,
+  loraLinear,
+  type LoraTerm,
+  scope,
+  type Tensor,
+} from '@lorikeet/tensor';
 import { type ExportedParameter, PeftLayer } from './adapter.js';
 import { hostMatrix, product, qr, transposed } from './linear-algebra.js';
 import { type HostFactors, onDevice } from './lora-init.js';
@@ -62,7 +72,7 @@ export class LoraLinear extends PeftLayer {
   readonly #stream: number;
   /** Factors whose product is taken from the base: where A and B started. b has -scaling in it, see `scaledFactor`. */
   #start: { readonly a: Tensor; readonly b: Tensor } | undefined;
-  /** The base's weight before it was quantised for this adapter. */
+  /** The base's weight before it was quantised for this adapter; the quantised one while that is out of the model. */
   #unquantized: Tensor | undefined;
   /** The base's weight while an update is in it. */
   protected readonly merging: MergedWeight;
@@ -103,6 +113,26 @@ export class LoraLinear extends PeftLayer {
   quantizeBase(weight: Tensor): void {
     this.#unquantized = this.base_layer.weight;
     this.base_layer.weight = weight;
+  }
+
+  /** True where the base's weight was quantised for this adapter. */
+  get quantizesBase(): boolean {
+    return this.#unquantized !== undefined;
+  }
+
+  /** The base is what it was while the layer is out of the model. */
+  setParked(): void {
+    if (this.#unquantized === undefined) return;
+    const { weight } = this.base_layer;
+    this.base_layer.weight = this.#unquantized;
+    this.#unquantized = weight;
+  }
+
+  /** What is added to the base's output, as `loraSum` takes it; the product that is taken from the base is a term too. */
+  terms(): LoraTerm[] {
+    const [a, b] = [this.lora_A.weight, this.lora_B.weight];
+    const start = this.#start === undefined ? [] : [{ ...this.#start, scale: 1 }];
+    return [{ a, b, scale: this.scaling, dropout: this.dropout() }, ...start];
   }
 
   /** x: [..., in] -> [..., out] */

@@ -74,6 +74,7 @@ it('loraSum: values and gradients with a term for each row', () =>
     sizes: ranks.map((r) => ({ ...r, N: 3 })),
     leading: fc.constantFrom([3], [3, 4]),
     attrs: settings,
+    // The second term is that of number 5.
     integers: {
       chosen: ({ sizes: { N } }) => fc.array(fc.integer({ min: -1, max: 1 }), { minLength: N, maxLength: N }),
     },
@@ -90,7 +91,8 @@ describe('loraSum by row', () => {
     { dtype: 'f32', weight: 'f32', T: 1, D: 512, O: 136, R: [4, 16] },
     { dtype: 'f16', weight: 'nf4', T: 5, D: 64, O: 32, R: [16, 1] },
   ] as const)('gives each row the bits of its term alone, and of none: %o', async ({ dtype, weight, T, D, O, R }) => {
-    const chosen = [1, -1, 0, 1];
+    const numbers = [7, 3];
+    const chosen = [3, -1, 7, 3];
     const N = chosen.length;
     const read = scope(() => {
       const make = (shape: readonly number[], seed: number, type: 'f32' | 'f16'): Tensor =>
@@ -105,7 +107,7 @@ describe('loraSum by row', () => {
       const x = make([N, T, D], 1, dtype);
       const full = make([O, D], 2, weight === 'nf4' ? 'f16' : weight);
       const w = weight === 'nf4' ? quantize(full, 'nf4') : full;
-      const terms = R.map((r, i) => ({ a: make([r, D], 3 + i, 'f32'), b: make([O, r], 5 + i, 'f32'), scale: 0.5 + i }));
+      const terms = R.map((r, i) => ({ a: make([r, D], 3 + i, 'f32'), b: make([O, r], 5 + i, 'f32'), scale: 0.5 + i, number: numbers[i] }));
       const zero = { a: terms[0].a, b: device.zeros([O, R[0]]), scale: 1 };
       const mixed = loraSum(x, w, terms, device.fromArray(chosen, [N], 'i32'));
       const alone = [...terms, zero].map(({ a, b, scale }) => loraLinear(x, w, a, b, { scale }));
@@ -113,7 +115,7 @@ describe('loraSum by row', () => {
     });
     const [mixed, ...alone] = await Promise.all(read);
     const row = (y: ArrayLike<number>, i: number): number[] => Array.from(y).slice(i * T * O, (i + 1) * T * O);
-    chosen.forEach((term, i) => expect(row(mixed, i)).toEqual(row(alone[term < 0 ? 2 : term], i)));
+    chosen.forEach((number, i) => expect(row(mixed, i)).toEqual(row(alone[number < 0 ? 2 : numbers.indexOf(number)], i)));
     expect(row(alone[0], 0)).not.toEqual(row(alone[1], 0));
   });
 

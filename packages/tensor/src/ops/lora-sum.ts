@@ -16,9 +16,12 @@ export interface LoraTerm {
   readonly scale: number;
   /** Dropout on the update's input only. */
   readonly dropout?: DropoutOptions | undefined;
+  /** The number that rows with this term have in `chosen`; the term's place when left out. */
+  readonly number?: number | undefined;
 }
 
 interface Attrs {
+  readonly numbers: readonly number[];
   readonly scales: readonly number[];
   readonly dropouts: readonly (DropoutOptions | undefined)[];
   readonly dtypes: readonly DType[];
@@ -37,7 +40,7 @@ function columnsKernel(byRow: boolean): Kernel {
       out_quads: 'u32',
       from_out: 'u32',
       factor: 'f32',
-      ...(byRow ? ({ tokens: 'u32', term: 'i32' } as const) : {}),
+      ...(byRow ? ({ tokens: 'u32', number: 'i32' } as const) : {}),
     },
     workgroupSize: 64,
     body: `
@@ -47,7 +50,7 @@ fn kernel(group: u32, lane: u32) {
   let row = i / P.row_quads;
   let quad = i % P.row_quads;
   var v = P.factor * x_load4(row * P.x_quads + P.from_x + quad);
-  ${byRow ? 'if (chosen_load(row / P.tokens) != P.term) { v = vec4<f32>(0.0); }' : ''}
+  ${byRow ? 'if (chosen_load(row / P.tokens) != P.number) { v = vec4<f32>(0.0); }' : ''}
   out_store4(row * P.out_quads + P.from_out + quad, v);
 }`,
   });
@@ -57,9 +60,9 @@ const kernels = { all: columnsKernel(false), byRow: columnsKernel(true) };
 
 /** The rows that a term is for: the others become zero. */
 interface OwnRows {
-  /** i32 [N], the number of the term that each row of the batch has */
+  /** i32 [N] */
   readonly chosen: Tensor;
-  readonly term: number;
+  readonly number: number;
 }
 
 /**
@@ -81,7 +84,7 @@ function copyColumns(x: Tensor, out: Tensor, from: number, factor = 1, own?: Own
       out_quads: out.pitch / 4,
       from_out: narrows ? 0 : from / 4,
       factor,
-      ...(own === undefined ? {} : { tokens: x.rows / own.chosen.size, term: own.term }),
+      ...(own === undefined ? {} : { tokens: x.rows / own.chosen.size, number: own.number }),
     },
     Math.ceil(quads / 64),
   );
@@ -124,7 +127,7 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
     weights: ['w', ...index.flatMap((i) => [`a${i}`, `b${i}`])],
     quantized: ['w'],
     ...(byRow ? { integers: ['chosen'] } : {}),
-    forward: (inputs, { attrs: { scales, dropouts, dtypes }, shapes, needs, wanted }) => {
+    forward: (inputs, { attrs: { numbers, scales, dropouts, dtypes }, shapes, needs, wanted }) => {
       const [x, w] = inputs;
       const { device } = x;
       const chosen = byRow ? inputs[2] : undefined;
@@ -137,7 +140,7 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
         const one = device.empty([x.rows, a.rows], 'f32');
         const dropout = dropouts[i];
         gemm(x, a, one, { transB: true, alpha: scales[i], dropout: dropout && { ...dropout, of: 'a' } });
-        copyColumns(one, xa, from[i], 1, chosen && { chosen, term: i });
+        copyColumns(one, xa, from[i], 1, chosen && { chosen, number: numbers[i] });
         one.dispose();
       });
       const y = wanted[0] ? device.empty(shapes[0], dtypes[0]) : device.placeholder(shapes[0], dtypes[0]);
@@ -158,7 +161,7 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
         ],
       };
     },
-    vjp: ({ dys: [dy], saved, needs, attrs: { scales, dropouts, dtypes }, shapes, into }) => {
+    vjp: ({ dys: [dy], saved, needs, attrs: { numbers, scales, dropouts, dtypes }, shapes, into }) => {
       if (dy === undefined) return [];
       const { device } = dy;
       const [x, w, chosen, xa] = saved;
@@ -185,7 +188,7 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
           const [a, dropout, dx] = [as[i], dropouts[i], grads[0]];
           if (!needs[at] && dx === undefined) continue;
           const g = device.empty([dy.rows, ranks[i]], 'f32');
-          copyColumns(all, g, from[i], scales[i], chosen && { chosen, term: i });
+          copyColumns(all, g, from[i], scales[i], chosen && { chosen, number: numbers[i] });
           if (needs[at] && x !== undefined) {
             const target = into[at] ?? grad(at);
             const mask = dropout && ({ ...dropout, of: 'b' } as const);
@@ -237,8 +240,8 @@ export const loraSumByRowOp: Op<Attrs> = opOf(2, true);
  * y = x w^T + sum over the terms of scale (dropout(x) a^T) b^T, in the sums of the base product; ranks may differ.
  * x: [..., D], w: [O, D], a: [R, D], b: [O, R] -> [..., O], stored as x.
  *
- * With `chosen`, i32 [N], each of the N rows of the batch has one term, by its place in `terms`, and none where the number
- * is another, such as -1. x is [N, D] or [N, T, D] then. A row has the bits that `loraLinear` gives with its term alone.
+ * With `chosen`, i32 [N], each of the N rows of the batch has the terms of one number, and none where no term has it, such
+ * as -1. x is [N, D] or [N, T, D] then. A row with one term has the bits that `loraLinear` gives with that alone.
  *
  * @throws LorikeetError without terms or for a dropout option out of its range
  * @throws ShapeError where shapes do not fit, or the rows of x are not the batch's
@@ -253,6 +256,7 @@ export function loraSum(x: Tensor, w: Tensor, terms: readonly LoraTerm[], chosen
   }
   const inputs = [x, w, ...(chosen === undefined ? [] : [chosen]), ...terms.flatMap(({ a, b }) => [a, b])];
   return opOf(terms.length, chosen !== undefined).run(inputs, {
+    numbers: terms.map(({ number }, i) => number ?? i),
     scales: terms.map(({ scale }) => scale),
     dropouts: terms.map(({ dropout }) => (dropout?.p === 0 ? undefined : dropout)),
     dtypes: inputs.map(({ dtype }) => dtype),
