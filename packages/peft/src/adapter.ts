@@ -60,6 +60,8 @@ export interface AdaptedModule extends Module {
   unmerge(): void;
   /** Frees what adapting took, the original of a merged weight too, and gives `base_layer`, which stands alone again. */
   detach(): Module;
+  /** Called after the module was taken out of the model and before it is put back, see `Adapter.park`. */
+  setParked?(parked: boolean): void;
   /** Frobenius norm of what `merge` adds to the weight; methods that cannot tell leave it out. */
   updateNorm?(): Promise<number>;
 }
@@ -174,6 +176,16 @@ export interface CreateOptions extends InjectOptions {
 /** Modules that some adapter put into a model. */
 const adapted = new WeakSet<Module>();
 
+/** @internal Says that a module stands in a model for adapters: no other is injected then. */
+export function markAdapted(module: Module): void {
+  adapted.add(module);
+}
+
+/** Adapters that are parked, by their model. */
+const parkedOn = new WeakMap<Module, Set<Adapter>>();
+
+type AdapterState = 'beside' | 'parked' | 'merged' | 'gone';
+
 /** An adapter that was injected into a model. */
 export class Adapter {
   readonly config: AdapterConfig;
@@ -181,7 +193,7 @@ export class Adapter {
   readonly #layers: ReadonlyMap<string, AdaptedModule>;
   readonly #device: Device;
   readonly #method: PeftMethod;
-  #state: 'beside' | 'merged' | 'gone' = 'beside';
+  #state: AdapterState = 'beside';
 
   /** @internal Use `injectAdapter`. */
   constructor(model: Module, config: AdapterConfig, layers: ReadonlyMap<string, AdaptedModule>, device: Device) {
@@ -190,6 +202,11 @@ export class Adapter {
     this.#layers = layers;
     this.#device = device;
     this.#method = methodOf(config.peft_type, '');
+  }
+
+  /** The model that it was injected into. */
+  get model(): Module {
+    return this.#model;
   }
 
   /** The adapted modules by the path of what they replace. */
@@ -233,7 +250,7 @@ export class Adapter {
   } {
     let trainable = 0;
     for (const [, parameter] of this.parameters()) trainable += parameter.size;
-    const total = this.#model.parameterCount;
+    const total = this.#model.parameterCount + (this.parked ? trainable : 0);
     const percent = (100 * trainable) / total;
     const number = (n: number): string => n.toLocaleString('en-US');
     return {
@@ -249,13 +266,53 @@ export class Adapter {
    * base's. All zero means that the adapter does nothing. The updates themselves are never formed.
    */
   async updateNorms(): Promise<Map<string, number>> {
-    this.#expect('updateNorms', 'beside', 'merged');
+    this.#expect('updateNorms', 'beside', 'parked', 'merged');
     const norms = new Map<string, number>();
     for (const [path, layer] of this.#layers) {
       const norm = await layer.updateNorm?.();
       if (norm !== undefined) norms.set(path, norm);
     }
     return norms;
+  }
+
+  /** True between `park` and `resume`. */
+  get parked(): boolean {
+    return this.#state === 'parked';
+  }
+
+  /**
+   * Takes the adapter out of the model, which is what it was before, and keeps its parameters: another one can be injected,
+   * or put back by its `resume`. Only references change hands, nothing is computed or allocated.
+   */
+  park(): void {
+    this.#expect('park', 'beside');
+    for (const [path, layer] of this.#layers) {
+      this.#model.replace(path, layer.base_layer);
+      layer.setParked?.(true);
+    }
+    const others = parkedOn.get(this.#model) ?? new Set();
+    parkedOn.set(this.#model, others.add(this));
+    this.#state = 'parked';
+  }
+
+  /**
+   * Puts a parked adapter back.
+   * @throws AdapterError where another one has a place of its
+   */
+  resume(): void {
+    this.#expect('resume', 'parked');
+    const taken = [...this.#layers].filter(([path, layer]) => this.#model.at(path) !== layer.base_layer);
+    if (taken.length > 0) {
+      throw new AdapterError(
+        `resume: another adapter is at ${someOf(taken.map(([path]) => path))}; park() or remove() it first`,
+      );
+    }
+    for (const [path, layer] of this.#layers) {
+      layer.setParked?.(false);
+      this.#model.replace(path, layer);
+    }
+    parkedOn.get(this.#model)?.delete(this);
+    this.#state = 'beside';
   }
 
   /** True between `merge` and `unmerge`. */
@@ -280,9 +337,17 @@ export class Adapter {
   /**
    * Adds the update to the base weights for good and takes the adapter out: the model is a plain one again. The update is
    * computed in f32 and stored in the base's type; the originals and the adapter's parameters are freed module by module.
+   * @throws AdapterError where others are parked, which were made for the base as it is
    */
   mergeAndUnload(): void {
     this.#expect('mergeAndUnload', 'beside', 'merged');
+    const others = parkedOn.get(this.#model)?.size ?? 0;
+    if (others > 0) {
+      throw new AdapterError(
+        `mergeAndUnload: ${others} other ${others === 1 ? 'adapter is' : 'adapters are'} parked over this base, which would be another one; ` +
+          'remove() them first',
+      );
+    }
     for (const [path, layer] of this.#layers) {
       if (this.#state === 'beside') layer.merge();
       this.#model.replace(path, layer.detach());
@@ -292,15 +357,21 @@ export class Adapter {
 
   /** Takes the adapter out of the model, which is what it was before, and frees the adapter's parameters. */
   remove(): void {
-    this.#expect('remove', 'beside', 'merged');
+    this.#expect('remove', 'beside', 'parked', 'merged');
     if (this.merged) this.unmerge();
-    for (const [path, layer] of this.#layers) this.#model.replace(path, layer.detach());
+    for (const [path, layer] of this.#layers) {
+      if (this.parked) {
+        layer.setParked?.(false);
+        layer.detach();
+      } else this.#model.replace(path, layer.detach());
+    }
+    parkedOn.get(this.#model)?.delete(this);
     this.#state = 'gone';
   }
 
   /** The tensors of adapter_model.safetensors, f32. */
   async entries(): Promise<TensorEntry[]> {
-    this.#expect('entries', 'beside', 'merged');
+    this.#expect('entries', 'beside', 'parked', 'merged');
     const entries: TensorEntry[] = [];
     const add = (name: string, shape: readonly number[], values: Float32Array): void => {
       entries.push({ name, dtype: 'F32', shape, data: encodeFloats(values, 'F32').bytes });
@@ -351,7 +422,7 @@ export class Adapter {
    * @throws AdapterError that names every missing, unexpected and mis-shaped tensor at once; nothing is changed then
    */
   async load(folder: ByteFolder): Promise<void> {
-    this.#expect('load', 'beside');
+    this.#expect('load', 'beside', 'parked');
     const name = weightsFileOf(this.#method);
     const source = await folder.open(name);
     if (source === undefined) throw new AdapterError(`${folder.name}: there is no ${name}`);
@@ -386,12 +457,13 @@ export class Adapter {
     }
   }
 
-  #expect(call: string, ...states: readonly ('beside' | 'merged' | 'gone')[]): void {
+  #expect(call: string, ...states: readonly AdapterState[]): void {
     if (states.includes(this.#state)) return;
     const now = {
       gone: 'was taken out of the model',
       merged: 'is merged; call unmerge() first',
-      beside: 'is not merged',
+      parked: 'is parked; call resume() first',
+      beside: call === 'resume' ? 'is not parked' : 'is not merged',
     }[this.#state];
     throw new AdapterError(`${call}: the adapter ${now}`);
   }
