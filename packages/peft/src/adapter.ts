@@ -12,10 +12,10 @@ import {
   keep,
   openSafetensors,
   parseJsonObject,
-  scope,
   type SinkFolder,
   type Tensor,
   type TensorEntry,
+  writeRows,
   writeSafetensors,
 } from '@lorikeet/tensor';
 import {
@@ -191,16 +191,17 @@ export class Adapter {
   readonly config: AdapterConfig;
   readonly #model: Module;
   readonly #layers: ReadonlyMap<string, AdaptedModule>;
-  readonly #device: Device;
   readonly #method: PeftMethod;
+  /** True where other modules of the model are not adapted, whatever a file holds for them. */
+  readonly #partial: boolean;
   #state: AdapterState = 'beside';
 
   /** @internal Use `injectAdapter`. */
-  constructor(model: Module, config: AdapterConfig, layers: ReadonlyMap<string, AdaptedModule>, device: Device) {
+  constructor(model: Module, config: AdapterConfig, layers: ReadonlyMap<string, AdaptedModule>, partial: boolean) {
     this.#model = model;
     this.config = config;
     this.#layers = layers;
-    this.#device = device;
+    this.#partial = partial;
     this.#method = methodOf(config.peft_type, '');
   }
 
@@ -442,10 +443,11 @@ export class Adapter {
       for (const [path, shapes] of exported) {
         for (const [name, shape] of shapes) expected.set(this.#key(path, name), shape);
       }
-      checkAdapterKeys(expected, new Map([...file.tensors].map(([name, { shape }]) => [name, shape])), file.name);
+      const found = [...file.tensors].filter(([name]) => !this.#partial || expected.has(name));
+      checkAdapterKeys(expected, new Map(found.map(([name, { shape }]) => [name, shape])), file.name);
       for (const { key, parameter } of [...stored, ...shared]) {
         const values = await file.readFloats(key);
-        scope(() => this.#device.copy(this.#device.fromArray(values, parameter.shape), parameter));
+        writeRows(parameter, 0, values);
       }
       for (const [path, shapes] of exported) {
         const values = new Map<string, Float32Array>();
@@ -522,8 +524,9 @@ async function create(
   config: AdapterConfig,
   options: CreateOptions,
   loading: boolean,
+  only?: string,
 ): Promise<Adapter> {
-  const { adapter, contexts } = inject(model, config, options, loading);
+  const { adapter, contexts } = inject(model, config, options, loading, only);
   const method = methodOf(config.peft_type, '');
   if (method.initializes?.(config) !== true || method.initialize === undefined) return adapter;
   try {
@@ -540,11 +543,13 @@ async function create(
   }
 }
 
+/** @param only path of the one module that is adapted, of those that the configuration targets */
 function inject(
   model: Module,
   config: AdapterConfig,
   options: InjectOptions,
   loading: boolean,
+  only?: string,
 ): { adapter: Adapter; contexts: readonly WrapContext[] } {
   const method = methodOf(config.peft_type, '');
   const { seed = 42, modelType = 'mistral' } = options;
@@ -574,20 +579,24 @@ function inject(
   }
   const tokens = tokenTargets(config, infos, new Set(targets));
   const saved = savedModules(config, infos);
-  checkSaved(saved.map((path) => [path, at(path)]));
+  checkSaved(
+    saved.map((path) => [path, at(path)]),
+    loading,
+  );
   for (const { path, ids } of tokens) checkTokenIds(at(path), path, ids);
 
-  const [first] = model.namedParameters();
+  const [first] = (only === undefined ? model : at(only)).namedParameters();
   const device = first[1].device;
+  const wanted = (path: string): boolean => only === undefined || path === only;
   const hiddenSize = hiddenSizeOf(modules.values());
   const context: MethodContext = { device, config, seed, hiddenSize, loading };
   const shared = method.shared?.(targets.map(at), context) ?? {};
-  const contexts = targets.map((path): WrapContext => ({ ...context, path, shared }));
+  const contexts = targets.filter(wanted).map((path): WrapContext => ({ ...context, path, shared }));
   const layers = new Map<string, AdaptedModule>();
   try {
     for (const context of contexts) layers.set(context.path, method.wrap(at(context.path), context));
-    for (const { path, ids } of tokens) layers.set(path, wrapTokenRows(at(path), ids));
-    for (const path of saved) layers.set(path, wrapSaved(at(path)));
+    for (const { path, ids } of tokens) if (wanted(path)) layers.set(path, wrapTokenRows(at(path), ids));
+    for (const path of saved.filter(wanted)) layers.set(path, wrapSaved(at(path)));
   } catch (error) {
     for (const layer of layers.values()) layer.detach();
     throw error;
@@ -599,7 +608,7 @@ function inject(
     model.replace(path, layer);
     adapted.add(layer);
   }
-  return { adapter: new Adapter(model, config, layers, device), contexts };
+  return { adapter: new Adapter(model, config, layers, only !== undefined), contexts };
 }
 
 /**
@@ -624,7 +633,16 @@ export function adapterWeightsFile(config: AdapterConfig): string {
 }
 
 /** Reads adapter_config.json of a folder, injects that adapter and loads its values. Nothing stays injected on failure. */
-export async function loadAdapter(model: Module, folder: ByteFolder, options: InjectOptions = {}): Promise<Adapter> {
+export function loadAdapter(model: Module, folder: ByteFolder, options: InjectOptions = {}): Promise<Adapter> {
+  return loadModules(model, folder, options);
+}
+
+/** @internal Like `loadAdapter`, for one module of those that the adapter changes; the device is that of its weight. */
+export function loadModule(model: Module, folder: ByteFolder, path: string, options: InjectOptions): Promise<Adapter> {
+  return loadModules(model, folder, options, path);
+}
+
+async function loadModules(model: Module, folder: ByteFolder, options: InjectOptions, only?: string): Promise<Adapter> {
   const source = await folder.open('adapter_config.json');
   if (source === undefined)
     throw new AdapterError(`${folder.name}: there is no adapter_config.json; is this an adapter folder?`);
@@ -635,7 +653,7 @@ export async function loadAdapter(model: Module, folder: ByteFolder, options: In
     await source.close?.();
   }
   const config = parsePeftConfig(text, `${folder.name}/adapter_config.json`);
-  const adapter = await create(model, config, options, true);
+  const adapter = await create(model, config, options, true, only);
   try {
     await adapter.load(folder);
     return adapter;

@@ -1,18 +1,35 @@
 /** The weight of a layer while an update is merged into it. */
-import { cast, dequantize, isQuantized, keep, scope, type Tensor } from '@lorikeet/tensor';
+import { add, convertInto, keep, mul, scale, scope, sum, type Tensor } from '@lorikeet/tensor';
 
-/** A copy of a weight in f32, whatever it is stored in: what kernels compute with. */
+/** A copy of a weight in f32, whatever it is stored in: what kernels compute with. Large ones lie in parts by rows. */
 export function wideCopy(weight: Tensor): Tensor {
-  if (isQuantized(weight.dtype)) return dequantize(weight);
-  if (weight.dtype !== 'f32') return cast(weight, 'f32');
   const copy = weight.device.emptyWeight(weight.shape, 'f32');
-  weight.parts.forEach((part, i) => weight.device.copy(part, copy.parts[i]));
+  convertInto(weight, copy);
   return copy;
 }
 
 /** `wide` in the type that the merged weight in place of `weight` has: its own, and f16 where that has 4 bits. */
 export function storedLike(wide: Tensor, weight: Tensor): Tensor {
-  return cast(wide, weight.dtype === 'f32' ? 'f32' : 'f16');
+  if (weight.dtype === 'f32') return wide;
+  const stored = weight.device.emptyWeight(weight.shape, 'f16');
+  convertInto(wide, stored);
+  return stored;
+}
+
+/** Frobenius norm of the difference of a weight and what `change` makes for it, in f32. Forms both. */
+export async function changeNorm(weight: Tensor, change: (weight: Tensor) => Tensor): Promise<number> {
+  const squares = scope(() => {
+    const [now, before] = [change(weight).parts, wideCopy(weight).parts];
+    return keep(
+      now.map((part, i) => {
+        const difference = add(part, scale(before[i], -1));
+        return sum(mul(difference, difference));
+      }),
+    );
+  });
+  const reading = Promise.all(squares.map((square) => square.item()));
+  for (const square of squares) square.dispose();
+  return Math.sqrt((await reading).reduce((total, square) => total + square, 0));
 }
 
 /** Swaps a layer's weight for a merged one and keeps the original, so that taking the update back is exact. */

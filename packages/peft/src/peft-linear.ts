@@ -1,8 +1,8 @@
 /** What most methods wrap a linear layer in: they say how it computes, and what its weight is with the update in it. */
 import type { Linear, Module } from '@lorikeet/nn';
-import { add, keep, mul, scale, scope, sum, type Tensor } from '@lorikeet/tensor';
+import type { Tensor } from '@lorikeet/tensor';
 import { PeftLayer } from './adapter.js';
-import { MergedWeight, storedLike, wideCopy } from './merged-weight.js';
+import { changeNorm, MergedWeight, storedLike } from './merged-weight.js';
 
 /** A linear layer with an update that can be merged into its weight. */
 export abstract class PeftLinear extends PeftLayer {
@@ -36,15 +36,8 @@ export abstract class PeftLinear extends PeftLayer {
   }
 
   /** Forms the update; methods that can tell without do. */
-  async updateNorm(): Promise<number> {
-    const square = scope(() => {
-      const weight = this.merging.original;
-      const update = add(this.withUpdate(weight), scale(wideCopy(weight), -1));
-      return keep(sum(mul(update, update)));
-    });
-    const reading = square.item();
-    square.dispose();
-    return Math.sqrt(await reading);
+  updateNorm(): Promise<number> {
+    return changeNorm(this.merging.original, (weight) => this.withUpdate(weight));
   }
 
   override detach(): Module {

@@ -7,17 +7,13 @@ import {
   isQuantized,
   keep,
   linear,
-  mul,
   rmsNorm,
-  scale,
   scope,
-  sum,
-  add,
   type Tensor,
 } from '@lorikeet/tensor';
 import type { AdaptedModule } from './adapter.js';
 import { AdapterError } from './format.js';
-import { MergedWeight, storedLike, wideCopy } from './merged-weight.js';
+import { changeNorm, MergedWeight, storedLike, wideCopy } from './merged-weight.js';
 
 /** A module with one matrix or vector, as all that can be saved whole are. */
 interface Weighted extends Module {
@@ -63,14 +59,8 @@ class Copy {
   }
 
   /** Frobenius norm of the difference from the base. */
-  async distance(): Promise<number> {
-    const square = scope(() => {
-      const difference = add(this.weight, scale(wideCopy(this.#merged.original), -1));
-      return keep(sum(mul(difference, difference)));
-    });
-    const reading = square.item();
-    square.dispose();
-    return Math.sqrt(await reading);
+  distance(): Promise<number> {
+    return changeNorm(this.#merged.original, () => this.weight);
   }
 }
 
@@ -218,14 +208,18 @@ export class SavedNorm extends RMSNorm implements AdaptedModule {
   }
 }
 
-/** @internal @throws AdapterError that names every module which cannot be trained whole */
-export function checkSaved(modules: readonly (readonly [path: string, module: Module])[]): void {
+/**
+ * @internal
+ * @param loading values come from a file, so that they are used or merged
+ * @throws AdapterError that names every module which cannot be trained whole
+ */
+export function checkSaved(modules: readonly (readonly [path: string, module: Module])[], loading: boolean): void {
   const refused = modules.filter(
     ([, m]) =>
       !((m instanceof Linear || m instanceof Embedding || m instanceof RMSNorm) && !isQuantized(m.weight.dtype)),
   );
   if (refused.length === 0) {
-    for (const [path, module] of modules) checkSize(path, module);
+    if (!loading) for (const [path, module] of modules) checkSize(path, module);
     return;
   }
   throw new AdapterError(

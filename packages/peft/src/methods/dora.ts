@@ -3,22 +3,10 @@
  * lengths m start as those of W + s B A, so that the start changes nothing.
  */
 import type { Linear } from '@lorikeet/nn';
-import {
-  add,
-  dropout,
-  keep,
-  linear,
-  loraLinear,
-  mul,
-  scale,
-  scaleColumns,
-  scope,
-  sum,
-  type Tensor,
-} from '@lorikeet/tensor';
+import { add, dropout, keep, linear, loraLinear, scale, scaleColumns, scope, type Tensor } from '@lorikeet/tensor';
 import { doraNorm, doraScale, rowSquares } from '../dora-scale.js';
 import { type LoraLayerOptions, LoraLinear } from '../lora-layer.js';
-import { wideCopy } from '../merged-weight.js';
+import { changeNorm } from '../merged-weight.js';
 import { scaleRows } from '../scale-rows.js';
 
 /** A linear layer whose weight has a low-rank update and row lengths of its own. */
@@ -66,15 +54,8 @@ export class DoraLinear extends LoraLinear {
   }
 
   /** Forms the update: unlike LoRA's it has no small rank. */
-  override async updateNorm(): Promise<number> {
-    const square = scope(() => {
-      const weight = this.merging.original;
-      const update = add(this.withUpdate(weight), scale(wideCopy(weight), -1));
-      return keep(sum(mul(update, update)));
-    });
-    const reading = square.item();
-    square.dispose();
-    return Math.sqrt(await reading);
+  override updateNorm(): Promise<number> {
+    return changeNorm(this.merging.original, (weight) => this.withUpdate(weight));
   }
 
   override detach(): ReturnType<LoraLinear['detach']> {

@@ -3,7 +3,7 @@
  * y = (W x) * l, and times the inputs of the feed-forward's last layer, y = W (x * l).
  */
 import { type Init, initialValues, Linear, type Module } from '@lorikeet/nn';
-import { type JsonObject, parseJsonObject, scaleColumns, type Tensor } from '@lorikeet/tensor';
+import { joinRows, type JsonObject, parseJsonObject, scaleColumns, type Tensor } from '@lorikeet/tensor';
 import { adapterTensor, definePeft, type PeftLayer, type PeftMethod, type WrapContext } from '../adapter.js';
 import {
   type AdapterConfig,
@@ -95,7 +95,8 @@ export class Ia3Linear extends PeftLinear {
 
   protected override withUpdate(weight: Tensor): Tensor {
     const wide = wideCopy(weight);
-    return this.#feedforward ? scaleColumns(wide, this.ia3_l) : scaleRows(wide, this.ia3_l);
+    if (!this.#feedforward) return scaleRows(wide, this.ia3_l);
+    return joinRows(wide.parts.map((part) => scaleColumns(part, this.ia3_l)));
   }
 }
 
