@@ -1,5 +1,5 @@
 /** The factors of DoRA's outputs, without forming W + s B A. */
-import { defineKernel, defineOp, type Device, gemm, type Op, type Tensor } from '@lorikeet/tensor';
+import { defineKernel, defineOp, type Device, gemm, keep, type Op, scope, type Tensor } from '@lorikeet/tensor';
 
 const squaresKernel = defineKernel({
   name: 'row_squares',
@@ -39,6 +39,14 @@ export function rowSquares(weight: Tensor): Tensor {
     first += rows;
   }
   return out;
+}
+
+/** @internal Frobenius norm of a matrix, the rows summed in float64. */
+export async function normOf(matrix: Tensor): Promise<number> {
+  const squares = scope(() => keep(rowSquares(matrix)));
+  const reading = squares.read();
+  squares.dispose();
+  return Math.sqrt(Array.from(await reading).reduce((sum, v) => sum + v, 0));
 }
 
 const scaleKernel = defineKernel({

@@ -3,7 +3,9 @@ export { compileNamePattern } from './name-pattern.js';
 export * from './targets.js';
 export * from './adapter.js';
 export { PeftLinear } from './peft-linear.js';
+export { type ActivateOptions, AdapterSet } from './adapter-set.js';
 export { Factor, type LoraLayerOptions, LoraLinear } from './lora-layer.js';
+export { LoraSum, RowChoice, type SumTerm } from './lora-sum-layer.js';
 export { lora } from './methods/lora.js';
 export { DoraLinear } from './methods/dora.js';
 export { ia3, type Ia3Config, ia3Config, Ia3Linear, type Ia3Options } from './methods/ia3.js';
@@ -19,6 +21,7 @@ export {
   type BottleneckSettings,
 } from './methods/bottleneck.js';
 export {
+  type HostFactors,
   type HostMatrix,
   hostMatrix,
   leadingSvd,
@@ -32,10 +35,34 @@ export {
   transposed,
   truncated,
 } from './linear-algebra.js';
-export type { HostFactors } from './lora-init.js';
 export { doraScale, doraScaleOp } from './dora-scale.js';
 export { SavedEmbedding, SavedLinear, SavedNorm } from './saved-module.js';
-export { MergedWeight, storedLike, wideCopy } from './merged-weight.js';
+export { changeNorm, MergedWeight, storedLike, wideCopy } from './merged-weight.js';
+export { openWeightMerge, type WeightMerge } from './merge-weights.js';
 export { tokenIndices, TokenEmbedding, TokenLinear, TokenRows } from './token-rows.js';
-export { type LoraFile, type LoraUpdate, readLoraFile, writeLoraFile } from './lora-file.js';
+export {
+  type LocatedUpdate,
+  type LocatedUpdates,
+  locateUpdates,
+  type LoraFile,
+  type LoraUpdate,
+  readLoraFile,
+  readUpdate,
+  writeLoraFile,
+} from './lora-file.js';
+export {
+  type CombinationType,
+  combineLora,
+  type CombineOptions,
+  type LoraApproximation,
+  type LoraTerm,
+  type ModuleError,
+  singularValues,
+  stackedFactors,
+  truncateLora,
+  type Truncation,
+} from './lora-algebra.js';
+export { type ExtractedLora, extractLora, type ExtractOptions, type LeftOut } from './lora-extract.js';
+export { doraSpectrum, effectiveRank, loraSpectrum, stableRank, type UpdateSpectrum } from './spectrum.js';
+export { type TensorDistance, tensorDistance } from './tensor-difference.js';
 export { readMlxAdapter, writeMlxAdapter } from './mlx.js';

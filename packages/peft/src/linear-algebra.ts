@@ -4,6 +4,7 @@
  */
 import { Random } from '@lorikeet/nn';
 import { gemm, keep, scope, type Tensor } from '@lorikeet/tensor';
+import { wideCopy } from './merged-weight.js';
 
 /** A matrix on the host, row by row. */
 export interface HostMatrix {
@@ -20,6 +21,12 @@ export interface Svd {
   readonly s: Float64Array;
   /** [k, columns], orthonormal rows. */
   readonly vt: HostMatrix;
+}
+
+/** Factors of a matrix b a: b [out, r], a [r, in]. */
+export interface HostFactors {
+  readonly a: HostMatrix;
+  readonly b: HostMatrix;
 }
 
 /** A matrix from its values. */
@@ -232,6 +239,41 @@ export async function leadingSvd(matrix: Tensor, rank: number, options: LeadingS
   const left = orthonormalRows(await matrixTimes(matrix, basis, false));
   const small = svd(await matrixTimes(matrix, left, true));
   return truncated({ u: product(transposed(left), small.u), s: small.s, vt: small.vt }, rank);
+}
+
+/** The least side of matrices up to which `bestSvd` is exact; beyond, it is by subspace iteration. */
+export const exactSide = 256;
+
+/** Subspace iterations where none are asked for: what is left of the error is far below that of training. */
+const manyIterations = 16;
+
+/**
+ * The leading singular values and vectors: exact where a side of the matrix is small, else by {@link leadingSvd}.
+ * @param options `iterations`: of the subspace, whatever the size; exact for small matrices, and many for large ones, when
+ *   left out
+ */
+export async function bestSvd(
+  matrix: Tensor,
+  rank: number,
+  options: { readonly iterations?: number | undefined; readonly seed: number },
+): Promise<Svd> {
+  const { iterations, seed } = options;
+  if (iterations === undefined && Math.min(...matrix.shape) <= exactSide) {
+    const wide = scope(() => keep(wideCopy(matrix)));
+    const reading = wide.read();
+    wide.dispose();
+    return truncated(svd(hostMatrix(matrix.shape[0], matrix.shape[1], await reading)), rank);
+  }
+  return leadingSvd(matrix, rank, { iterations: iterations ?? manyIterations, seed });
+}
+
+/** b a = the decomposition / scaling, the values shared between both sides. */
+export function balanced({ u, s, vt }: Svd, scaling = 1): HostFactors {
+  const root = s.map((v) => Math.sqrt(v / scaling));
+  return {
+    a: { ...vt, data: vt.data.map((v, i) => v * root[Math.floor(i / vt.columns)]) },
+    b: { ...u, data: u.data.map((v, i) => v * root[i % u.columns]) },
+  };
 }
 
 /** x W^T, or x W where `back`, computed on the device in f32. matrix: W [O, D], any float type or NF4 */

@@ -81,6 +81,43 @@ export async function readLoraFile(folder: ByteFolder): Promise<LoraFile> {
 }
 
 async function readUpdates(config: LoraConfig, file: TensorFile): Promise<LoraUpdate[]> {
+  const { updates, others, problems } = locateUpdates(config, file);
+  if (others.length > 0) {
+    throw new AdapterError(
+      `${file.name}: ${others.length} of its tensors are no update of a linear layer: ${someOf(others)}; other files have no ` +
+        'place for them. Merge the adapter into its model instead',
+    );
+  }
+  if (updates.length === 0 && problems.length === 0) problems.push('there is no tensor in it');
+  if (problems.length > 0) {
+    throw new AdapterError(
+      `${file.name}: does not fit its configuration:\n${problems.map((p) => `  - ${p}`).join('\n')}`,
+    );
+  }
+  const read: LoraUpdate[] = [];
+  for (const located of updates) read.push(await readUpdate(file, located));
+  return read;
+}
+
+/** Where an update lies in a file. */
+export interface LocatedUpdate extends Omit<LoraUpdate, 'A' | 'B' | 'magnitude'> {
+  readonly alpha: number;
+  /** Names of the tensors. */
+  readonly names: { readonly A: string; readonly B: string; readonly magnitude?: string | undefined };
+}
+
+/** What an adapter's tensors are. */
+export interface LocatedUpdates {
+  /** In the order of the layers. */
+  readonly updates: readonly LocatedUpdate[];
+  /** Tensors that are no update of a linear layer: rows of tokens, whole modules, embeddings. */
+  readonly others: readonly string[];
+  /** Modules whose tensors are not there or not of the rank that the configuration says, each as a sentence. */
+  readonly problems: string[];
+}
+
+/** Finds the updates of linear layers among an adapter's tensors; nothing but the names and shapes is read. */
+export function locateUpdates(config: LoraConfig, file: TensorFile): LocatedUpdates {
   const found = new Map<string, Map<'A' | 'B' | 'magnitude', string>>();
   const others: string[] = [];
   const parts = { loraA: 'A', loraB: 'B', magnitude: 'magnitude' } as const;
@@ -94,49 +131,45 @@ async function readUpdates(config: LoraConfig, file: TensorFile): Promise<LoraUp
     const names = found.get(key.modulePath) ?? new Map<'A' | 'B' | 'magnitude', string>();
     found.set(key.modulePath, names.set(parts[key.part], name));
   }
-  if (others.length > 0) {
-    throw new AdapterError(
-      `${file.name}: ${others.length} of its tensors are no update of a linear layer: ${someOf(others)}; other files have no ` +
-        'place for them. Merge the adapter into its model instead',
-    );
-  }
   const problems: string[] = [];
-  const updates: LoraUpdate[] = [];
+  const updates: LocatedUpdate[] = [];
   const ranks = ranksOf(config);
   for (const path of [...found.keys()].sort((a, b) => byLayer.compare(a, b))) {
-    const { r, scaling } = ranks(path);
+    const { r, alpha, scaling } = ranks(path);
     const names = found.get(path);
-    const [a, b, m] = (['A', 'B', 'magnitude'] as const).map((part) => names?.get(part));
-    const [shapeA, shapeB] = [a, b].map((name) => (name === undefined ? [] : file.info(name).shape));
-    if (a === undefined || b === undefined || (config.use_dora && m === undefined)) {
-      const missing = a === undefined ? 'lora_A' : b === undefined ? 'lora_B' : 'lora_magnitude_vector';
+    const [A, B, magnitude] = (['A', 'B', 'magnitude'] as const).map((part) => names?.get(part));
+    if (A === undefined || B === undefined || (config.use_dora && magnitude === undefined)) {
+      const missing = A === undefined ? 'lora_A' : B === undefined ? 'lora_B' : 'lora_magnitude_vector';
       problems.push(`${path} has no ${missing}`);
       continue;
     }
+    const [shapeA, shapeB] = [file.info(A).shape, file.info(B).shape];
     if (shapeA.length !== 2 || shapeB.length !== 2 || shapeA[0] !== r || shapeB[1] !== r) {
       problems.push(
         `${path}: lora_A is [${shapeA.join(', ')}], lora_B is [${shapeB.join(', ')}], but its rank is ${r} by the configuration`,
       );
       continue;
     }
-    updates.push({
-      path,
-      r,
-      scaling,
-      inputs: shapeA[1],
-      outputs: shapeB[0],
-      A: await file.readFloats(a),
-      B: await file.readFloats(b),
-      magnitude: m === undefined ? undefined : await file.readFloats(m),
-    });
+    const [inputs, outputs] = [shapeA[1], shapeB[0]];
+    updates.push({ path, r, alpha, scaling, inputs, outputs, names: { A, B, magnitude } });
   }
-  if (updates.length === 0 && problems.length === 0) problems.push('there is no tensor in it');
-  if (problems.length > 0) {
-    throw new AdapterError(
-      `${file.name}: does not fit its configuration:\n${problems.map((p) => `  - ${p}`).join('\n')}`,
-    );
-  }
-  return updates;
+  return { updates, others, problems };
+}
+
+/** Reads one update. */
+export async function readUpdate(file: TensorFile, located: LocatedUpdate): Promise<LoraUpdate> {
+  const { path, r, inputs, outputs, scaling, names } = located;
+  const magnitude = names.magnitude === undefined ? undefined : await file.readFloats(names.magnitude);
+  return {
+    path,
+    r,
+    scaling,
+    inputs,
+    outputs,
+    A: await file.readFloats(names.A),
+    B: await file.readFloats(names.B),
+    magnitude,
+  };
 }
 
 /** A tensor for a file, F32. */

@@ -14,49 +14,17 @@ import {
 } from '@lorikeet/tensor';
 import { AdapterError } from './format.js';
 import {
+  balanced,
+  bestSvd,
+  type HostFactors,
   type HostMatrix,
   hostMatrix,
-  leadingSvd,
   matrixTimes,
   product,
   qr,
-  type Svd,
-  svd,
   transposed,
-  truncated,
 } from './linear-algebra.js';
 import { wideCopy } from './merged-weight.js';
-
-/** Factors on the host: b [out, r], a [r, in]. */
-export interface HostFactors {
-  readonly a: HostMatrix;
-  readonly b: HostMatrix;
-}
-
-/** The least side of matrices up to which a decomposition is exact; beyond, it is by subspace iteration. */
-const exactSide = 256;
-
-/** Subspace iterations where none are asked for: what is left of the error is far below that of training. */
-const manyIterations = 16;
-
-async function svdOf(weight: Tensor, rank: number, iterations: number | undefined, seed: number): Promise<Svd> {
-  if (iterations === undefined && Math.min(...weight.shape) <= exactSide) {
-    const wide = scope(() => keep(wideCopy(weight)));
-    const reading = wide.read();
-    wide.dispose();
-    return truncated(svd(hostMatrix(weight.shape[0], weight.shape[1], await reading)), rank);
-  }
-  return leadingSvd(weight, rank, { iterations: iterations ?? manyIterations, seed });
-}
-
-/** b a = the decomposition / scaling, the values shared between both sides. */
-function balanced({ u, s, vt }: Svd, scaling: number): HostFactors {
-  const root = s.map((v) => Math.sqrt(v / scaling));
-  return {
-    a: { ...vt, data: vt.data.map((v, i) => v * root[Math.floor(i / vt.columns)]) },
-    b: { ...u, data: u.data.map((v, i) => v * root[i % u.columns]) },
-  };
-}
 
 /**
  * PiSSA (Meng et al., 2024): scaling b a is the best approximation of the weight of that rank.
@@ -68,7 +36,7 @@ export async function pissaFactors(
   scaling: number,
   options: { readonly iterations?: number | undefined; readonly seed: number },
 ): Promise<HostFactors> {
-  return balanced(await svdOf(weight, rank, options.iterations, options.seed), scaling);
+  return balanced(await bestSvd(weight, rank, options), scaling);
 }
 
 /** OLoRA (Buyukakyuz, 2024): with W = Q R, b is the first columns of Q and a the first rows of R. */
@@ -146,7 +114,7 @@ export async function loftqStart(
       return keep([codes, add(wideCopy(weight), scale(dequantize(codes), -1))]);
     });
     quantized = next[0];
-    factors = balanced(await svdOf(next[1], rank, undefined, options.seed), scaling);
+    factors = balanced(await bestSvd(next[1], rank, { seed: options.seed }), scaling);
     next[1].dispose();
   }
   if (quantized === undefined || factors === undefined) {

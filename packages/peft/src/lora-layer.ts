@@ -12,8 +12,8 @@ import {
   type Tensor,
 } from '@lorikeet/tensor';
 import { type ExportedParameter, PeftLayer } from './adapter.js';
-import { hostMatrix, product, qr, transposed } from './linear-algebra.js';
-import { type HostFactors, onDevice } from './lora-init.js';
+import { type HostFactors, hostMatrix, product, qr, transposed } from './linear-algebra.js';
+import { onDevice } from './lora-init.js';
 import { MergedWeight, storedLike, wideCopy } from './merged-weight.js';
 
 /** Holder of one factor, so that its path is the checkpoint's: `lora_A.weight`. */
