@@ -11,6 +11,8 @@ import { openFolder } from '@lorikeet/tensor/node';
 import { readTrainerState, type TrainerState } from '@lorikeet/trainer';
 import { z } from 'zod';
 import { type Config, resolveConfig } from './config.js';
+import { adapterSections, runAdapter } from './config-adapter.js';
+import { isSection } from './config-schema.js';
 import { CliError, errorCode, errorMessage, fileError } from './errors.js';
 import { printable, quoted } from './text.js';
 import { writeFileAtomic, writeFolderAtomic } from './write.js';
@@ -296,7 +298,7 @@ const comparedByContent: ReadonlySet<string> = new Set<keyof Config>([
 function flat(config: Readonly<Record<string, unknown>>): Map<string, string> {
   const entries = new Map<string, string>();
   for (const [name, value] of Object.entries(config)) {
-    if (name === 'lora' || name === 'special_tokens') {
+    if (isSection(name)) {
       for (const [key, inner] of Object.entries(value ?? {})) entries.set(`${name}.${key}`, JSON.stringify(inner));
     } else entries.set(name, JSON.stringify(value));
   }
@@ -311,13 +313,15 @@ export interface ConfigDifference {
 
 /** Compares a run with the one that it goes on with; a key that the older one has not had counts as left at its default. */
 export function compareConfigs(before: Readonly<Record<string, unknown>>, now: Config): ConfigDifference {
-  const old = new Map([...flat({ ...resolveConfig({}).config }), ...flat(before)]);
-  const refused: string[] = [];
+  const { section } = runAdapter(now);
+  const was = adapterSections.find((name) => before[name] !== undefined) ?? 'lora';
+  const refused: string[] = was === section ? [] : [`the adapter is that of ${section} but was that of ${was}`];
   const allowed: string[] = [];
+  const old = new Map([...flat({ ...resolveConfig({ overrides: [`${section}={}`] }).config }), ...flat(before)]);
   for (const [key, value] of flat({ ...now })) {
-    const was = old.get(key) ?? 'not set';
-    if (was === value || comparedByContent.has(key)) continue;
-    (freeKeys.has(key) ? allowed : refused).push(`${key} is ${printable(value, 60)} but was ${printable(was, 60)}`);
+    const then = old.get(key) ?? 'not set';
+    if (then === value || comparedByContent.has(key)) continue;
+    (freeKeys.has(key) ? allowed : refused).push(`${key} is ${printable(value, 60)} but was ${printable(then, 60)}`);
   }
   return { refused, allowed };
 }

@@ -2,6 +2,8 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { compareConfigs } from './checkpoint.js';
 import { type Config, dumpConfig, loadConfig, type ResolvedConfig, resolveConfig } from './config.js';
+import { adapterSections } from './config-adapter.js';
+import { configKeys } from './config-schema.js';
 import { UsageError } from './errors.js';
 
 const resolve = (text: string, overrides: string[] = []): ResolvedConfig =>
@@ -157,7 +159,7 @@ describe('resolveConfig', () => {
     ['constructor: 1', /unknown key "constructor"/],
   ])('%s', (text, pattern) => expect(mistake(text)).toMatch(pattern));
 
-  it('takes dotted names in the file too', () => expect(resolve('lora.r: 4').config.lora.r).toBe(4));
+  it('takes dotted names in the file too', () => expect(resolve('lora.r: 4').config.lora?.r).toBe(4));
 
   it.each([
     ['learning_rate: fast', /run\.yaml:1: learning_rate must be a number above 0, not "fast"/],
@@ -224,10 +226,10 @@ describe('resolveConfig', () => {
     const { config } = resolve('lora: {use_dora: true, init_lora_weights: gaussian, modules_to_save: [lm_head]}');
     expect(config.lora).toMatchObject({ use_dora: true, init_lora_weights: 'gaussian', modules_to_save: ['lm_head'] });
     for (const init of ['orthogonal', 'pissa', 'pissa_niter_16', 'olora', 'loftq']) {
-      expect(resolve(`lora: {init_lora_weights: ${init}}`).config.lora.init_lora_weights).toBe(init);
+      expect(resolve(`lora: {init_lora_weights: ${init}}`).config.lora?.init_lora_weights).toBe(init);
     }
     const loftq = 'lora: {init_lora_weights: loftq, loftq_config: {loftq_bits: 4}}';
-    expect(resolve(loftq).config.lora.loftq_config).toEqual({ loftq_bits: 4 });
+    expect(resolve(loftq).config.lora?.loftq_config).toEqual({ loftq_bits: 4 });
     expect(mistake(`${loftq}\nload_in_4bit: true`)).toMatch(/run\.yaml:2: init_lora_weights: loftq stores the linear/);
     expect(mistake('lora: {loftq_config: {loftq_iter: 1}}')).toMatch(/loftq_config needs init_lora_weights: loftq/);
     expect(mistake('lora: {loftq_config: {loftq_iter: 5}}')).toMatch(/loftq_config must be a map with/);
@@ -291,8 +293,87 @@ lora: {task_type: CAUSAL_LM, use_dora: false, loftq_config: {}, megatron_core: m
   });
 });
 
+describe('the section of the adapter', () => {
+  it('is that of LoRA where none is given, and the only one that is resolved and shown', () => {
+    expect(resolve('').config.lora?.r).toBe(8);
+    const { config } = resolve('ia3:\n  feedforward_modules: [down_proj]');
+    expect(config.ia3).toEqual({
+      target_modules: null,
+      exclude_modules: null,
+      modules_to_save: null,
+      feedforward_modules: ['down_proj'],
+      init_ia3_weights: true,
+    });
+    expect(config).not.toHaveProperty('lora');
+    const shown = dumpConfig(config);
+    expect(shown).toContain('ia3:\n  feedforward_modules:\n    - down_proj\n  init_ia3_weights: true\n');
+    expect(shown).not.toContain('lora');
+    expect(resolve(shown).config).toEqual(config);
+  });
+
+  it.each([
+    ['ln_tuning:', 'ln_tuning'],
+    ['ln_tuning: {}', 'ln_tuning'],
+    ['ln_tuning.target_modules: [norm]', 'ln_tuning'],
+    ['bottleneck: {peft_type: BOTTLENECK}', 'bottleneck'],
+    ['lora:', 'lora'],
+  ])('%s', (text, section) => {
+    const { config } = resolve(text);
+    expect(adapterSections.filter((name) => config[name] !== undefined)).toEqual([section]);
+    expect(resolve(dumpConfig(config)).config).toEqual(config);
+  });
+
+  it('takes keys on the command line, which can drop the section of the file', () => {
+    expect(resolve('', ['ia3.target_modules=ALL-LINEAR']).config.ia3?.target_modules).toBe('all-linear');
+    expect(resolve('lora: {r: 4}', ['lora.r=8']).config.lora?.r).toBe(8);
+    const { config, given } = resolve('lora: {r: 4}', ['lora=', 'ia3={}']);
+    expect(config.ia3).toBeDefined();
+    expect(config).not.toHaveProperty('lora');
+    expect([...given]).toEqual([]);
+    expect(resolve('lora: {r: 4}', ['lora=']).config.lora?.r).toBe(8);
+  });
+
+  it.each([
+    ['lora: {r: 4}\nia3: {}', [], /run\.yaml:2: lora and ia3 are both given, and a run trains one adapter; keep one$/],
+    ['lora: {r: 4}', ['ia3.init_ia3_weights=false'], /on the command line: lora and ia3 are .* \(lora= on the command/],
+    [
+      'ia3: {feed_forward_modules: a}',
+      [],
+      /unknown key "ia3.feed_forward_modules"; did you mean ia3.feedforward_modules/,
+    ],
+    ['ln_tuning: {r: 8}', [], /run\.yaml:1: unknown key "ln_tuning.r"; did you mean lora\.r/],
+    ['ia3: 3', [], /ia3 must be a map with the keys of adapter_config\.json, not 3/],
+    ['ia3: {fan_in_fan_out: true}', [], /not supported yet/],
+    ['bottleneck: {kind: houlsbi}', [], /bottleneck\.kind must be houlsby, pfeiffer or parallel, not "houlsbi"/],
+    ['bottleneck: {kind: pfeiffer, output_adapter: false}', [], /there is no place for an adapter/],
+    ['bottleneck: {reduction_factor: 0}', [], /bottleneck\.reduction_factor must be a number above 0/],
+  ] as const)('%s %j is refused', (text, overrides, pattern) => expect(mistake(text, [...overrides])).toMatch(pattern));
+
+  it('a bottleneck has the defaults of its kind', () => {
+    const { bottleneck } = resolve('bottleneck: {kind: parallel, scaling: 2}').config;
+    expect(bottleneck).toMatchObject({ is_parallel: true, reduction_factor: 2, scaling: 2, init_weights: 'near_zero' });
+    expect(resolve('bottleneck:').config.bottleneck).toMatchObject({ kind: 'houlsby', reduction_factor: 16 });
+  });
+
+  it('a run cannot go on with another one', () => {
+    const [lora, ia3] = ['', 'ia3: {}'].map((text) => resolve(text).config);
+    expect(compareConfigs({ ...lora }, ia3).refused[0]).toBe('the adapter is that of ia3 but was that of lora');
+    expect(compareConfigs({ ...ia3, ia3: {} }, ia3)).toEqual({ refused: [], allowed: [] });
+    expect(compareConfigs({ ...ia3 }, resolve('ia3: {init_ia3_weights: false}').config).refused).toEqual([
+      'ia3.init_ia3_weights is false but was true',
+    ]);
+  });
+
+  it('all keys are in the help, with their defaults', () => {
+    const standard = new Map(configKeys().map(({ key, standard }) => [key, standard]));
+    expect(standard.get('lora.r')).toBe('8');
+    expect(standard.get('ia3.init_ia3_weights')).toBe('true');
+    expect(standard.get('bottleneck.non_linearity')).toBe('"swish"');
+  });
+});
+
 it('a checkpoint from before a key, of a section too, has it at its default', () => {
-  const { use_dora: _dora, modules_to_save: _whole, ...lora } = resolve('').config.lora;
+  const { use_dora: _dora, modules_to_save: _whole, ...lora } = { ...resolve('').config.lora };
   const { gradient_checkpointing: _checkpointing, ...before } = { ...resolve('').config, lora };
   expect(compareConfigs(before, resolve('').config)).toEqual({ refused: [], allowed: [] });
   expect(compareConfigs(before, resolve('lora: {use_dora: true}').config).refused).toEqual([

@@ -1,5 +1,6 @@
 /** README.md of an adapter: the model card that the hub shows. */
-import type { Config, LoraConfigKeys } from './config.js';
+import type { Config } from './config.js';
+import { runAdapter } from './config-adapter.js';
 import { formatCount, formatNumber } from './text.js';
 
 /** What a model card tells. */
@@ -30,34 +31,27 @@ function code(text: string): string {
   return plain.includes('`') ? `\`\` ${plain} \`\`` : `\`${plain}\``;
 }
 
-/** What kind of adapter it is, such as `LoRA r 16, alpha 32, started by pissa`. */
-export function adapterInWords(lora: LoraConfigKeys): string {
-  const { init_lora_weights: init, r, lora_alpha: alpha } = lora;
-  const start = typeof init === 'string' ? `, started by ${init}` : '';
-  return `${lora.use_dora ? 'DoRA' : 'LoRA'} r ${r}, alpha ${formatNumber(alpha)}${start}`;
-}
-
 /** The card as Markdown with the front matter that the hub reads. */
 export function modelCard(content: CardContent): string {
   const { config, baseModel, steps, totalSteps, before, after, addedTokens } = content;
-  const { lora } = config;
-  const whole = lora.modules_to_save ?? [];
+  const { title, format, words, modulesToSave: whole, section } = runAdapter(config);
+  const dropout = config.lora === undefined ? '' : `, dropout ${formatNumber(config.lora.lora_dropout)}`;
   const data = config.dataset_name ?? [config.train_file ?? []].flat().join(', ');
   const front = [
-    'library_name: peft',
+    `library_name: ${format === 'PEFT' ? 'peft' : 'adapter-transformers'}`,
     ...(content.baseIsHubId ? [`base_model: ${JSON.stringify(baseModel)}`] : []),
     ...(config.dataset_name !== null && /^[\w.-]+\/[\w.-]+$/.test(config.dataset_name)
       ? [`datasets:\n- ${JSON.stringify(config.dataset_name)}`]
       : []),
     'pipeline_tag: text-generation',
-    'tags:\n- lora\n- lorikeet',
+    `tags:\n- ${section.replaceAll('_', '-')}\n- lorikeet`,
   ];
   const rows: [string, string][] = [
     ['base model', code(baseModel)],
     ['data', `${code(data)}: ${formatCount(content.trainRows)} rows, ${formatCount(content.validationRows)} held out`],
     ['prompt template', code(content.template)],
     ['trained parameters', `${formatCount(content.trainable)} of ${formatCount(content.total)}`],
-    ['adapter', `${adapterInWords(lora)}, dropout ${formatNumber(lora.lora_dropout)}`],
+    ['adapter', `${words}${dropout}`],
     ...(whole.length === 0 ? [] : [['trained whole', code(whole.join(', '))] satisfies [string, string]]),
     [
       'steps',
@@ -74,9 +68,9 @@ export function modelCard(content: CardContent): string {
     ...front,
     '---',
     '',
-    `# ${config.run_name ?? 'LoRA adapter'}`,
+    `# ${config.run_name ?? `${title} adapter`}`,
     '',
-    `A LoRA adapter in PEFT's format, trained with lorikeet ${content.version}. \`run.yaml\` holds all settings, \`run.json\` what it ran on, \`train_log.jsonl\` the course of the training.`,
+    `A ${title} adapter in the format of ${format}, trained with lorikeet ${content.version}. \`run.yaml\` holds all settings, \`run.json\` what it ran on, \`train_log.jsonl\` the course of the training.`,
     '',
     '| | |',
     '|---|---|',

@@ -1,5 +1,6 @@
 /** Settings with which a run would fit: each candidate is planned, none is guessed. */
 import { quantizationProblem } from '@lorikeet/mistral';
+import { isLoraConfig } from '@lorikeet/peft';
 import type { CommandContext } from './context.js';
 import { type Machine, plannedPeak, type PlanSettings } from './plan.js';
 
@@ -25,13 +26,13 @@ const mostShown = 3;
 /** The dials in the order in which they are tried: what costs time before what changes the result. */
 function dialsOf(settings: PlanSettings): Dial[] {
   const { per_device_train_batch_size: batch, gradient_accumulation_steps: accumulation } = settings;
-  const { max_length, lora } = settings;
-  const r = lora.r ?? 8;
+  const { max_length, adapter } = settings;
+  const lora = isLoraConfig(adapter) ? adapter : undefined;
   // LoftQ stores 4 bits already, from the weights as they are; and what is trained whole cannot be stored in 4 bits.
   const canPack =
     quantizationProblem(settings.model) === undefined &&
-    lora.init_lora_weights !== 'loftq' &&
-    !(lora.modules_to_save ?? []).some((name) => name.endsWith('_proj'));
+    lora?.init_lora_weights !== 'loftq' &&
+    !(adapter.modules_to_save ?? []).some((name) => name.endsWith('_proj'));
   const halvings = (value: number): number[] =>
     Array.from({ length: Math.floor(Math.log2(Math.max(1, value))) }, (_, i) => Math.floor(value / 2 ** (i + 1)));
   const divisors = Array.from({ length: batch - 1 }, (_, i) => batch - 1 - i).filter((rows) => batch % rows === 0);
@@ -67,9 +68,9 @@ function dialsOf(settings: PlanSettings): Dial[] {
     },
     { choices: shorter.map((length) => ({ changes: { max_length: length }, settings: { max_length: length } })) },
     {
-      choices: halvings(r)
-        .filter((value) => lora.init_lora_weights !== 'orthogonal' || value % 2 === 0)
-        .map((value) => ({ changes: { 'lora.r': value }, settings: { lora: { ...lora, r: value } } })),
+      choices: halvings(lora?.r ?? 1)
+        .filter((value) => lora?.init_lora_weights !== 'orthogonal' || value % 2 === 0)
+        .map((r) => ({ changes: { 'lora.r': r }, settings: { adapter: Object.assign({ ...adapter }, { r }) } })),
     },
   ].filter(({ choices }) => choices.length > 0);
 }

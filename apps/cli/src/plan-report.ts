@@ -46,7 +46,7 @@ export function suggestionText({ changes, peakBytes, longerRows = 0 }: Suggestio
 export function fitText(suggestions: readonly Suggestion[], bytes: number = Infinity): string {
   if (suggestions.length > 0) return `It fits with ${suggestions.map(suggestionText).join(', or with ')}.`;
   const enough = Number.isFinite(bytes) ? `bring it below ${formatBytes(bytes)}` : 'make its buffers small enough';
-  return `Checkpointing, 4 bits, one row at a time, the shortest max_length and lora.r=1 together do not ${enough}: take a smaller model or more memory.`;
+  return `Checkpointing, 4 bits, one row at a time, the shortest max_length and the smallest adapter together do not ${enough}: take a smaller model or more memory.`;
 }
 
 /** Operations with a unit of powers of 1000: `89.1 TFLOP`. */

@@ -1,33 +1,50 @@
 /** From a run file and a model's files to what a plan depends on. */
 import { type AddedToken, type MistralConfig, type Tokenizer, withMistralConfig } from '@lorikeet/mistral';
-import type { LoraOptions } from '@lorikeet/peft';
+import type { AdapterConfig } from '@lorikeet/peft';
 import { isJsonObject } from '@lorikeet/tensor';
 import { openCheckpointFolder } from '@lorikeet/tensor/node';
 import { totalSteps } from '@lorikeet/trainer';
 import type { Config } from './config.js';
+import { type AdapterContext, runAdapter } from './config-adapter.js';
+import { UsageError } from './errors.js';
 import { type PlanSettings, rowSizes } from './plan.js';
 import { type RunData, withSpecialTokens } from './run-data.js';
 import { deviceDType, type ModelFiles, neededVocabSize } from './session.js';
 
-/** The adapter of a run: what the file asks for, and the rows of new tokens. */
-export function runLora(config: Config, model: MistralConfig, added: readonly Pick<AddedToken, 'id'>[]): LoraOptions {
-  const { loftq_config: _loftq, ...lora } = config.lora;
+/**
+ * The adapter of a run: what the file asks for, and the rows of new tokens.
+ * @param base what the adapter's files say of its base
+ * @throws UsageError where there are new tokens whose rows the method's files have no place for
+ */
+export function runAdapterConfig(
+  config: Config,
+  model: MistralConfig,
+  added: readonly Pick<AddedToken, 'id'>[],
+  base: Omit<AdapterContext, 'trainable_token_indices'> = {},
+): AdapterConfig {
+  const adapter = runAdapter(config);
   const rows = added.map(({ id }) => id);
   // Of a module that is trained whole the new rows are a part.
   const tables = (model.tie_word_embeddings ? ['embed_tokens'] : ['embed_tokens', 'lm_head']).filter(
-    (name) => !namesModule(lora.modules_to_save, name),
+    (name) => !namesModule(adapter.modulesToSave, name),
   );
-  return {
-    ...lora,
-    ...(lora.init_lora_weights === 'loftq' ? { loftq_config: { loftq_bits: 4, loftq_iter: 1 } } : {}),
-    trainable_token_indices:
-      rows.length === 0 || tables.length === 0 ? null : Object.fromEntries(tables.map((name) => [name, rows])),
-  };
+  const trained =
+    rows.length === 0 || tables.length === 0 ? null : Object.fromEntries(tables.map((name) => [name, rows]));
+  if (trained !== null && !adapter.tokenRows) {
+    const whole = adapter.savesModules
+      ? `Set ${adapter.section}.modules_to_save: [${tables.join(', ')}], which trains and stores them whole, or use lora`
+      : 'Use lora';
+    throw new UsageError(
+      `special_tokens adds ${rows.length} ${rows.length === 1 ? 'token' : 'tokens'}, whose rows of ${tables.join(' and ')} must be trained, and the files of ${adapter.title} have no place for rows`,
+      { fix: `${whole}; or use tokens that the model has.` },
+    );
+  }
+  return adapter.config({ ...base, trainable_token_indices: trained });
 }
 
 /** Whether `modules_to_save` names a module, by the ending of its path. */
-function namesModule(saved: readonly string[] | null, name: string): boolean {
-  return (saved ?? []).some((entry) => entry === name || entry.endsWith(`.${name}`));
+function namesModule(saved: readonly string[], name: string): boolean {
+  return saved.some((entry) => entry === name || entry.endsWith(`.${name}`));
 }
 
 /** Whether the linear layers are stored in 4 bits: the run asks for it, or the checkpoint holds them so. */
@@ -90,7 +107,7 @@ export async function planSettings(
     dtype: await plannedDType(config, files),
     load_in_4bit: inFourBits(config, files),
     wideScales: wideScales(files),
-    lora: runLora(config, model, added),
+    adapter: runAdapterConfig(config, model, added),
     per_device_train_batch_size: config.per_device_train_batch_size,
     gradient_accumulation_steps: config.gradient_accumulation_steps,
     max_length: config.max_length,

@@ -4,7 +4,7 @@
  */
 import { isQuantized, Mistral, type MistralConfig } from '@lorikeet/mistral';
 import { EmptyWeights } from '@lorikeet/nn';
-import { type Adapter, injectAdapter, type LoraOptions, loraConfig } from '@lorikeet/peft';
+import { type Adapter, type AdapterConfig, injectAdapter } from '@lorikeet/peft';
 import {
   type Device,
   type DeviceLimits,
@@ -32,7 +32,7 @@ export interface PlanSettings {
   readonly load_in_4bit: boolean;
   /** Scales of 4-bit weights are in f32, as in a checkpoint without double quantisation. */
   readonly wideScales?: boolean;
-  readonly lora: LoraOptions;
+  readonly adapter: AdapterConfig;
   readonly per_device_train_batch_size: number;
   readonly gradient_accumulation_steps: number;
   readonly max_length: number;
@@ -179,7 +179,7 @@ async function rehearse(device: Device, settings: PlanSettings): Promise<Rehears
   const linears = wideScales ? 'nf4-f32' : 'nf4';
   const weights = new EmptyWeights(device, (path) => (load_in_4bit && isQuantized(path) ? linears : dtype));
   const model = await Mistral.create(settings.model, weights, { dtype });
-  return new Rehearsal(model, injectAdapter(model, loraConfig(settings.lora)), settings);
+  return new Rehearsal(model, injectAdapter(model, settings.adapter), settings);
 }
 
 /**

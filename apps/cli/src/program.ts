@@ -5,7 +5,7 @@
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import pc from 'picocolors';
 import { z } from 'zod';
-import { configKeys } from './config.js';
+import { configKeys } from './config-schema.js';
 import type { CommandContext } from './context.js';
 import { CliError, EXIT, InterruptedError, ReportedError } from './errors.js';
 import { type SignalSource, watchInterrupt } from './interrupt.js';
@@ -192,7 +192,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
   add(
     program,
     'train',
-    'Fine-tunes a model with LoRA as a run file says; key=value arguments override it.',
+    'Fine-tunes a model with LoRA or another adapter as a run file says; key=value arguments override it.',
     `lorikeet train -c run.yaml
 lorikeet train -c run.yaml lora.r=16 learning_rate=2e-4 output_dir=out/r16
 lorikeet train -c run.yaml --resume              go on with a run that was stopped or killed

@@ -14,7 +14,7 @@ import {
   quantizationProblem,
   Tokenizer,
 } from '@lorikeet/mistral';
-import { type Adapter, type LoraConfig, loadAdapter, parseAdapterConfig } from '@lorikeet/peft';
+import { type Adapter, type AdapterConfig, loadAdapter, parsePeftConfig } from '@lorikeet/peft';
 import { type Device, openDevice, parseJsonObject, type SafetensorsDType, type TensorFile } from '@lorikeet/tensor';
 import { openCheckpointFolder, openFolder } from '@lorikeet/tensor/node';
 import type { Config, ConfigDType } from './config.js';
@@ -182,7 +182,7 @@ export async function readModelFiles(
 export interface AdapterFiles {
   readonly name: string;
   readonly folder: string;
-  readonly config: LoraConfig;
+  readonly config: AdapterConfig;
   /** The tokenizer that it was trained with, where its folder holds one. */
   readonly tokenizer: Tokenizer | undefined;
 }
@@ -208,7 +208,7 @@ export async function readAdapterFiles(
       fix: 'An adapter folder holds adapter_config.json and adapter_model.safetensors; `lorikeet train` writes them into its output_dir.',
     });
   }
-  return { name: idOrFolder, folder, config: parseAdapterConfig(text, path), tokenizer: await readTokenizer(folder) };
+  return { name: idOrFolder, folder, config: parsePeftConfig(text, path), tokenizer: await readTokenizer(folder) };
 }
 
 /** The element type on the device: what was asked for, else that of the checkpoint (16 bit or not). */
@@ -293,7 +293,11 @@ export interface Session extends SessionFiles {
 }
 
 /** Rows that embedding and head must have for a tokenizer and an adapter's trained rows. */
-export function neededVocabSize(config: MistralConfig, tokenizer: Tokenizer | undefined, adapter?: LoraConfig): number {
+export function neededVocabSize(
+  config: MistralConfig,
+  tokenizer: Tokenizer | undefined,
+  adapter?: AdapterConfig,
+): number {
   const indices = adapter?.trainable_token_indices ?? null;
   const lists: readonly (readonly number[])[] =
     indices === null ? [] : isList(indices) ? [indices] : Object.values(indices);
@@ -329,7 +333,7 @@ export async function openSession(context: CommandContext, flags: SessionFlags, 
   const vocabSize = neededVocabSize(files.config, tokenizer, adapterFiles?.config);
   const run = adapterFiles === undefined ? undefined : await readRunConfig(adapterFiles.folder);
   if (
-    run?.config.lora.init_lora_weights === 'loftq' &&
+    run?.config.lora?.init_lora_weights === 'loftq' &&
     flags.loadIn4bit !== true &&
     files.config.quantization !== 'nf4'
   ) {

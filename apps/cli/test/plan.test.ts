@@ -7,7 +7,17 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { loadMistral, Mistral, mistralConfig, saveMistral } from '@lorikeet/mistral';
 import { InitWeights, Random } from '@lorikeet/nn';
-import { createAdapter, injectAdapter, loraConfig, type LoraOptions } from '@lorikeet/peft';
+import {
+  type AdapterConfig,
+  bottleneckConfig,
+  createAdapter,
+  ia3Config,
+  injectAdapter,
+  isLoraConfig,
+  lnTuningConfig,
+  loraConfig,
+  type LoraOptions,
+} from '@lorikeet/peft';
 import {
   type ByteFolder,
   memorySink,
@@ -39,7 +49,7 @@ const mistral7B: PlanSettings = {
   model: mistralConfig({ rms_norm_eps: 1e-5, max_position_embeddings: 32_768 }),
   dtype: 'f16',
   load_in_4bit: false,
-  lora: { r: 16, lora_alpha: 32, target_modules: projections },
+  adapter: loraConfig({ r: 16, lora_alpha: 32, target_modules: projections }),
   per_device_train_batch_size: 4,
   gradient_accumulation_steps: 1,
   max_length: 512,
@@ -90,12 +100,12 @@ function randomSettings(random: Random, index: number): PlanSettings {
     }),
     dtype: load_in_4bit ? 'f16' : pick(['f32', 'f16'] as const),
     load_in_4bit,
-    lora: {
+    adapter: loraConfig({
       r: between(1, 12),
       lora_alpha: 8,
       lora_dropout: pick([0, 0.1]),
       target_modules: targets.length === 0 ? ['v_proj'] : targets,
-    },
+    }),
     per_device_train_batch_size: between(1, 4),
     gradient_accumulation_steps: between(1, 3),
     max_length: between(10, 200),
@@ -121,7 +131,7 @@ async function loadedModel({ model: config, dtype, load_in_4bit }: PlanSettings)
 async function counted(settings: PlanSettings): Promise<Pick<Plan, 'peakBytes'> & Plan['step']> {
   const before = device.stats().liveBytes;
   const model = await loadedModel(settings);
-  const adapter = await createAdapter(model, loraConfig(settings.lora));
+  const adapter = await createAdapter(model, settings.adapter);
   const stepper = new Stepper(model, adapter.parameters(), {
     learningRates: new Float32Array(settings.steps).fill(1e-3),
     gradient_checkpointing: settings.gradient_checkpointing,
@@ -156,14 +166,20 @@ async function counted(settings: PlanSettings): Promise<Pick<Plan, 'peakBytes'> 
 describe('counted against planned', () => {
   const random = new Random(5, 6);
   const runs = Array.from({ length: 20 }, (_, i) => randomSettings(random, i));
-  const methods: readonly (readonly [string, LoraOptions, Partial<PlanSettings>?])[] = [
-    ['DoRA', { use_dora: true }],
-    ['DoRA over 4 bits', { use_dora: true, lora_dropout: 0.1 }, { load_in_4bit: true }],
-    ['PiSSA over 4 bits', { init_lora_weights: 'pissa' }, { load_in_4bit: true }],
-    ['OLoRA', { init_lora_weights: 'olora' }],
-    ['LoftQ', { init_lora_weights: 'loftq' }],
-    ['orthogonal', { init_lora_weights: 'orthogonal' }],
-    ['whole modules', { modules_to_save: ['embed_tokens', 'lm_head', 'norm'] }],
+  const low = (options: LoraOptions): AdapterConfig =>
+    loraConfig({ r: 4, lora_alpha: 8, target_modules: 'all-linear', ...options });
+  const methods: readonly (readonly [string, AdapterConfig, Partial<PlanSettings>?])[] = [
+    ['DoRA', low({ use_dora: true })],
+    ['DoRA over 4 bits', low({ use_dora: true, lora_dropout: 0.1 }), { load_in_4bit: true }],
+    ['PiSSA over 4 bits', low({ init_lora_weights: 'pissa' }), { load_in_4bit: true }],
+    ['OLoRA', low({ init_lora_weights: 'olora' })],
+    ['LoftQ', low({ init_lora_weights: 'loftq' })],
+    ['orthogonal', low({ init_lora_weights: 'orthogonal' })],
+    ['whole modules', low({ modules_to_save: ['embed_tokens', 'lm_head', 'norm'] })],
+    ['(IA)^3 over 4 bits', ia3Config(), { load_in_4bit: true }],
+    ['norm tuning', lnTuningConfig()],
+    ['a Houlsby bottleneck', bottleneckConfig('houlsby', { reduction_factor: 8 })],
+    ['a parallel bottleneck', bottleneckConfig('parallel'), { gradient_checkpointing: false }],
   ];
   // The tables of rotary positions are their own, see above.
   const tiny = (theta: number): PlanSettings['model'] =>
@@ -177,13 +193,13 @@ describe('counted against planned', () => {
       head_dim: 8,
       rope_theta: theta,
     });
-  const ofMethods = methods.map(([name, lora, more], i): [string, PlanSettings] => [
+  const ofMethods = methods.map(([name, adapter, more], i): [string, PlanSettings] => [
     name,
     {
       model: tiny(11_000 + i),
       dtype: 'f16',
       load_in_4bit: false,
-      lora: { r: 4, lora_alpha: 8, target_modules: 'all-linear', ...lora },
+      adapter,
       per_device_train_batch_size: 2,
       gradient_accumulation_steps: 2,
       max_length: 40,
@@ -218,7 +234,7 @@ it('an evaluation with more rows than training has is part of the plan', async (
   expect(plan.peakIn).toBe('evaluation');
   const before = device.stats().liveBytes;
   const model = await loadedModel(settings);
-  const adapter = injectAdapter(model, loraConfig(settings.lora));
+  const adapter = injectAdapter(model, settings.adapter);
   const stepper = new Stepper(model, adapter.parameters(), { learningRates: new Float32Array(settings.steps) });
   const ids = Int32Array.from({ length: 64 }, (_, i) => i % 40);
   const rows = Array.from({ length: 32 }, (_, row) => ({
@@ -238,17 +254,19 @@ it('an evaluation with more rows than training has is part of the plan', async (
   expect(Math.abs(plan.peakBytes - counted)).toBeLessThanOrEqual(0.01 * counted);
 });
 
+const rankOf = ({ adapter }: PlanSettings): number => (isLoraConfig(adapter) ? adapter.r : 0);
+
 /**
  * FLOPs of a step by the formulas, without looking at any kernel. Elementwise work, which is not counted, aside: a
  * product [m, k] [k, n] is 2 m k n, and each adapted layer has two thin ones forward and four backward (what reaches the
  * bottleneck, its way on to the input, and the gradients of A and B).
  */
 function closedForm(settings: PlanSettings): number {
-  const { model, lora, max_length, per_device_train_batch_size: B, gradient_checkpointing } = settings;
+  const { model, max_length, per_device_train_batch_size: B, gradient_checkpointing } = settings;
   const { hidden_size: D, intermediate_size: F, num_attention_heads: H, num_key_value_heads: G, head_dim } = model;
   const T = 64 * Math.ceil(max_length / 64);
   const N = B * T;
-  const r = lora.r ?? 8;
+  const r = rankOf(settings);
   const sizes = {
     q: [D, H * head_dim],
     k: [D, G * head_dim],
@@ -407,9 +425,9 @@ describe('settings that fit', () => {
       const peak: typeof plannedPeak = async (candidate) => {
         asked.push(candidate);
         // The smaller the rank, the better; nothing else helps.
-        return candidate.lora.r ?? 8;
+        return rankOf(candidate);
       };
-      await settingsThatFit({ ...settings, load_in_4bit: false, lora: { ...lora, r: 12 } }, 6, { peak });
+      await settingsThatFit({ ...settings, load_in_4bit: false, adapter: loraConfig({ ...lora, r: 12 }) }, 6, { peak });
       return asked;
     };
     const packed = async (lora: LoraOptions): Promise<boolean> =>
@@ -418,13 +436,19 @@ describe('settings that fit', () => {
     expect(await packed({ modules_to_save: ['lm_head'] })).toBe(true);
     expect(await packed({ modules_to_save: ['q_proj'] })).toBe(false);
     expect(await packed({ init_lora_weights: 'loftq' })).toBe(false);
-    const ranks = async (lora: LoraOptions): Promise<number[]> => [
-      ...new Set((await tried(lora)).map(({ lora: { r = 8 } }) => r)),
-    ];
+    const ranks = async (lora: LoraOptions): Promise<number[]> => [...new Set((await tried(lora)).map(rankOf))];
     expect(await ranks({})).toContain(1);
     const even = await ranks({ init_lora_weights: 'orthogonal' });
     expect(even).toContain(6);
     expect(even.filter((r) => r % 2 !== 0)).toEqual([]);
+    // Of other methods nothing is made smaller.
+    const changed: string[] = [];
+    const peak: typeof plannedPeak = async ({ adapter }) => {
+      changed.push(JSON.stringify(adapter));
+      return 1;
+    };
+    await settingsThatFit({ ...settings, adapter: ia3Config() }, 0, { peak });
+    expect([...new Set(changed)]).toEqual([JSON.stringify(ia3Config())]);
   });
 });
 

@@ -2,7 +2,7 @@
 import { copyFile, rm, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import type { Mistral } from '@lorikeet/mistral';
-import { type Adapter, createAdapter, type LoraConfig, loraConfig } from '@lorikeet/peft';
+import { type Adapter, type AdapterConfig, createAdapter, isLoraConfig } from '@lorikeet/peft';
 import { type Device, type JsonValue, OutOfMemoryError, parseJson } from '@lorikeet/tensor';
 import { createFolder, openFolder } from '@lorikeet/tensor/node';
 import {
@@ -33,14 +33,15 @@ import {
   writeCheckpointFolder,
 } from '../checkpoint.js';
 import { type Config, dumpConfig, loadConfig, type ResolvedConfig } from '../config.js';
+import { runAdapter } from '../config-adapter.js';
 import type { CommandContext } from '../context.js';
 import { CliError, InterruptedError, UsageError } from '../errors.js';
 import { previewLegend, renderPreview } from '../mask-preview.js';
-import { adapterInWords, modelCard } from '../model-card.js';
+import { modelCard } from '../model-card.js';
 import { machineOf, type Plan, tryPlan } from '../plan.js';
 import { suggestionsFor } from '../plan-fit.js';
 import { fitText, formatFlops, partsInWords, planBesideCount, planJson } from '../plan-report.js';
-import { inFourBits, planSettings, runLora } from '../plan-settings.js';
+import { inFourBits, planSettings, runAdapterConfig } from '../plan-settings.js';
 import { loadRunData, type RunData } from '../run-data.js';
 import {
   checkOutputFolder,
@@ -299,7 +300,7 @@ class Run {
     this.#from = run.from;
     this.#device = device;
     this.#plan = plan;
-    const { lora: _lora, special_tokens: _tokens, data_seed, eval_steps, ...plain } = config;
+    const { special_tokens: _tokens, data_seed, eval_steps, ...plain } = config;
     const args = { ...plain, ...(data_seed === null ? {} : { data_seed }) };
     const { perEpoch, total } = totalSteps(run.data.train.examples.length, args);
     this.#total = total;
@@ -330,8 +331,7 @@ class Run {
     });
     const adapter = await this.#makeAdapter(
       model,
-      loraConfig({
-        ...runLora(config, this.#files.config, added),
+      runAdapterConfig(config, this.#files.config, added, {
         base_model_name_or_path: this.#files.name,
         revision: config.revision,
       }),
@@ -385,15 +385,16 @@ class Run {
   }
 
   /** A start that is computed from the weights takes its time, and says so. */
-  async #makeAdapter(model: Mistral, lora: LoraConfig): Promise<Adapter> {
+  async #makeAdapter(model: Mistral, config: AdapterConfig): Promise<Adapter> {
     const { ui, signal } = this.#context;
     let progress: Progress | undefined;
     try {
-      return await createAdapter(model, lora, {
+      return await createAdapter(model, config, {
         seed: this.#config.seed,
         signal,
         onProgress: (done, total) => {
-          progress ??= ui.progress(`${String(lora.init_lora_weights)}: modules started`, { total });
+          const start = isLoraConfig(config) ? `${String(config.init_lora_weights)}: ` : '';
+          progress ??= ui.progress(`${start}modules started`, { total });
           progress.update(done);
         },
       });
@@ -521,7 +522,7 @@ class Run {
         dim('model'),
         `${printable(this.#files.name)}, ${formatCount(total - trainable)} parameters, ${dtypeName(model)}${inFourBits(config, this.#files) ? ', linear layers in 4 bits' : ''}`,
       ],
-      [dim('adapter'), `${adapterInWords(config.lora)} on ${printable(targets.join(', '))}`],
+      [dim('adapter'), `${runAdapter(config).words} on ${printable(targets.join(', '))}`],
       [dim('trainable'), `${formatCount(trainable)} parameters, ${percent.toPrecision(3)} % of all`],
       ...(added.length === 0
         ? []
@@ -769,7 +770,8 @@ class Run {
     ui.line(`adapter saved in ${bold(printable(config.output_dir))} (${formatDuration(last.seconds)} of training)`);
     if (stopped) return;
     const base = `--model ${shellQuoted(this.#files.name)}${config.revision === null ? '' : ` --revision ${shellQuoted(config.revision)}`}`;
-    const loftq = config.lora.init_lora_weights === 'loftq';
+    const loftq = config.lora?.init_lora_weights === 'loftq';
+    const { merges } = runAdapter(config);
     const loaded = `${base}${config.load_in_4bit || loftq ? ' --load-in-4bit' : ''}`;
     const out = shellQuoted(config.output_dir);
     const test = shellQuoted([config.validation_file ?? 'test.jsonl'].flat()[0]);
@@ -781,7 +783,7 @@ class Run {
       `lorikeet eval ${loaded} --adapter ${out} --data ${test}    # after`,
       `lorikeet generate ${loaded} --adapter ${out} --temperature 0 --prompt ${shellQuoted(prompt)}`,
       // An adapter of LoftQ makes up for what the base loses in 4 bits: merged into what has lost nothing, that is an error.
-      ...(loftq
+      ...(loftq || !merges
         ? []
         : [
             `lorikeet merge ${base} --adapter ${out} --output ${shellQuoted(`${config.output_dir.replace(/[\\/]+$/, '')}-merged`)} --verify`,
