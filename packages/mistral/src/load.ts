@@ -3,9 +3,10 @@ import { hashString, Random, type Weights } from '@lorikeet/nn';
 import {
   type CheckpointContents,
   checkpointContents,
+  convertInto,
   decodeFloats,
-  dequantize,
   type Device,
+  isQuantized as inFourBits,
   keep,
   LorikeetError,
   loadQuantized,
@@ -32,6 +33,11 @@ export interface LoadOptions {
    */
   readonly quantization?: Quantization | undefined;
   /**
+   * Holds what would be in 4 bits as the floats that kernels restore it to: for merging into exactly the base that an
+   * adapter was trained on.
+   */
+  readonly restore?: boolean | undefined;
+  /**
    * Rows of embedding and head, where more are needed than the checkpoint has, as after tokens were added. The new ones
    * are near the mean of the old ones (see `meanResize`), those of the head near the head's, and the same every time;
    * the model's configuration says the new number.
@@ -47,7 +53,10 @@ export interface LoadOptions {
 /** Bytes that are read at a time for the statistics of a table. */
 const pieceBytes = 4 << 20;
 
+/** The weights of a checkpoint by name, each read when it is asked for. */
 class CheckpointWeights implements Weights {
+  /** That of the model, with the new vocabulary. */
+  readonly config: MistralConfig;
   readonly #device: Device;
   readonly #file: TensorFile;
   readonly #contents: CheckpointContents;
@@ -57,7 +66,6 @@ class CheckpointWeights implements Weights {
   #done = 0;
   readonly #total: number;
 
-  /** @param config that of the model, with the new vocabulary */
   constructor(
     device: Device,
     file: TensorFile,
@@ -65,6 +73,7 @@ class CheckpointWeights implements Weights {
     config: MistralConfig,
     options: LoadOptions,
   ) {
+    this.config = config;
     this.#device = device;
     this.#file = file;
     this.#contents = contents;
@@ -76,42 +85,66 @@ class CheckpointWeights implements Weights {
     }, 0);
   }
 
-  async get(path: string, shape: readonly number[]): Promise<Tensor> {
-    const { dtype = 'f16', weights = dtype, onWarning, signal } = this.#options;
-    signal?.throwIfAborted();
-    if (this.#contents.quantized.has(path)) return this.#quantized(path, weights);
+  get(path: string, shape: readonly number[]): Promise<Tensor> {
+    return this.read(path, shape, this.#options.restore === true);
+  }
+
+  /** @param restore gives floats where the weight would be in 4 bits */
+  async read(path: string, shape: readonly number[], restore: boolean): Promise<Tensor> {
+    this.#options.signal?.throwIfAborted();
+    const tensor = this.#contents.quantized.has(path) ? await this.#quantized(path) : await this.#plain(path, shape);
+    const keeps = !inFourBits(tensor.dtype) || (this.#quantization === 'nf4' && !restore);
+    const given = keeps ? tensor : scope(() => keep(this.#device.emptyWeight(shape, this.#type).tag('weights')));
+    if (given !== tensor) {
+      convertInto(tensor, given);
+      tensor.dispose();
+    }
+    this.#made.push(given);
+    return given;
+  }
+
+  /** How weights are stored that are not in 4 bits. */
+  get #type(): 'f32' | 'f16' {
+    const { dtype = 'f16', weights = dtype } = this.#options;
+    return weights;
+  }
+
+  /** A weight that the checkpoint holds as floats. */
+  async #plain(path: string, shape: readonly number[]): Promise<Tensor> {
+    const { onWarning, signal } = this.#options;
     const stored = this.#file.info(path).shape;
     const { tensor, report } = await loadTensor(this.#device, this.#file, path, {
-      dtype: this.#quantization === 'nf4' && isQuantized(path) ? 'nf4' : weights,
+      dtype: this.#quantization === 'nf4' && isQuantized(path) ? 'nf4' : this.#type,
       ...(shape[0] > stored[0] ? { rows: shape[0] } : {}),
       onBytes: (bytes) => this.#advance(bytes),
       signal,
     });
-    this.#made.push(tensor);
     if (report.overflows > 0) {
       onWarning?.(`${path}: ${report.overflows} values are beyond f16's 65504 and were cut to it; use --dtype float32`);
     }
     if (report.nonFinite > 0) {
       onWarning?.(`${path}: ${report.nonFinite} values are not finite; the checkpoint is broken`);
     }
-    if (shape[0] > stored[0]) writeRows(tensor, stored[0], await this.#newRows(path, stored, shape[0]));
-    return tensor;
+    try {
+      if (shape[0] > stored[0]) writeRows(tensor, stored[0], await this.#newRows(path, stored, shape[0]));
+      return tensor;
+    } catch (error) {
+      tensor.dispose();
+      throw error;
+    }
   }
 
   dispose(): void {
     for (const tensor of this.#made) tensor.dispose();
   }
 
-  /** A matrix that the checkpoint holds in 4 bits, as it is or restored. */
-  async #quantized(path: string, weights: 'f32' | 'f16'): Promise<Tensor> {
+  /** A matrix that the checkpoint holds in 4 bits. */
+  async #quantized(path: string): Promise<Tensor> {
     const state = this.#contents.quantized.get(path);
     if (state === undefined) throw new LorikeetError(`${path} is not stored in 4 bits`);
     const matrix = (await loadQuantized(this.#device, this.#file, state)).tag('weights');
     this.#advance(this.#file.info(path).byteLength);
-    const tensor = this.#quantization === 'nf4' ? matrix : scope(() => keep(dequantize(matrix, weights)));
-    if (tensor !== matrix) matrix.dispose();
-    this.#made.push(tensor.tag('weights'));
-    return tensor;
+    return matrix;
   }
 
   /** Values of the rows that a table [V, D] is to have below its own, up to `rows`. */
@@ -141,18 +174,13 @@ class CheckpointWeights implements Weights {
   }
 }
 
-/**
- * Loads the model of a checked configuration. Every missing, unexpected or mis-shaped tensor is named at once, before
- * anything is read.
- *
- * @throws LorikeetError when `vocabSize` is less than the checkpoint's
- */
-export async function loadMistral(
+/** @internal The weights that `loadMistral` makes a model of, for whoever takes them one by one. Throws as that does. */
+export async function openMistralWeights(
   device: Device,
   config: MistralConfig,
   file: TensorFile,
-  options: LoadOptions = {},
-): Promise<Mistral> {
+  options: LoadOptions,
+): Promise<CheckpointWeights> {
   const contents = await checkpointContents(file);
   checkMistralTensors(config, contents.shapes, file.name);
   if (config.head_dim % 8 !== 0 || config.head_dim > 128) {
@@ -176,9 +204,24 @@ export async function loadMistral(
     );
   }
   const grown = vocabSize > config.vocab_size ? withMistralConfig(config, { vocab_size: vocabSize }) : config;
-  const weights = new CheckpointWeights(device, file, contents, grown, options);
+  return new CheckpointWeights(device, file, contents, grown, options);
+}
+
+/**
+ * Loads the model of a checked configuration. Every missing, unexpected or mis-shaped tensor is named at once, before
+ * anything is read.
+ *
+ * @throws LorikeetError when `vocabSize` is less than the checkpoint's
+ */
+export async function loadMistral(
+  device: Device,
+  config: MistralConfig,
+  file: TensorFile,
+  options: LoadOptions = {},
+): Promise<Mistral> {
+  const weights = await openMistralWeights(device, config, file, options);
   try {
-    const model = await Mistral.create(grown, weights, { dtype: options.dtype ?? 'f16' });
+    const model = await Mistral.create(weights.config, weights, { dtype: options.dtype ?? 'f16' });
     // The slices wait in the pool, in sizes that nobody asks for again.
     await device.idle();
     device.trim();
