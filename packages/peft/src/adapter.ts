@@ -90,8 +90,12 @@ export abstract class PeftLayer extends Layer implements AdaptedModule {
 /** What a method is told of an injection. */
 export interface MethodContext {
   readonly device: Device;
+  /** The model, for starts that read modules beside the wrapped ones. */
+  readonly model: Module;
   /** The configuration; its `peft_type` is the method's name. */
   readonly config: AdapterConfig;
+  /** Turns text into token ids, where the caller gave such a function. */
+  readonly tokenize?: ((text: string) => readonly number[]) | undefined;
   /** Seed of the initial values; with the path it decides them. */
   readonly seed: number;
   /** Width of the residual stream. */
@@ -122,6 +126,8 @@ export interface PeftMethod {
   readonly parseConfig: (text: string, where: string) => AdapterConfig;
   /** The text of adapter_config.json; some files tell of the model. */
   readonly serializeConfig: (config: AdapterConfig, model: { readonly hiddenSize: number }) => string;
+  /** Fills in what the model tells of a configuration, and refuses one that is for another model. */
+  readonly resolveConfig?: (config: AdapterConfig, model: Module) => AdapterConfig;
   /** The configuration of what `exportedParameters` gives; the adapter's own when left out. */
   readonly exportConfig?: (config: AdapterConfig) => AdapterConfig;
   /** True where parameters start from the base's weights, which `initialize` reads: `createAdapter` is needed then. */
@@ -167,6 +173,8 @@ export interface InjectOptions {
 
 /** Options of `createAdapter`. */
 export interface CreateOptions extends InjectOptions {
+  /** Turns text into token ids, for starts that are made of text: a whole text as the model would get it, first token included. */
+  readonly tokenize?: ((text: string) => readonly number[]) | undefined;
   /** Stops between two modules; the adapter is taken out again then. */
   readonly signal?: AbortSignal | undefined;
   /** Called with the number of modules whose start is computed, and of all. */
@@ -504,7 +512,7 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
   // Where nothing is computed, there is no start to compute.
   if (method.initializes?.(config) === true && !first[1].device.planned) {
     throw new AdapterError(
-      'injectAdapter: init_lora_weights asks for a start that is computed from the weights; use await createAdapter(model, config)',
+      'injectAdapter: the configuration asks for a start that is computed from the weights; use await createAdapter(model, config)',
     );
   }
   return inject(model, config, options, false).adapter;
@@ -512,7 +520,7 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
 
 /**
  * `injectAdapter` for every configuration, those included whose parameters start from the base's weights (PiSSA, OLoRA,
- * LoftQ).
+ * LoftQ, virtual tokens that are words).
  * @throws AdapterError as `injectAdapter`, and the signal's reason; nothing stays injected then
  */
 export function createAdapter(model: Module, config: AdapterConfig, options: CreateOptions = {}): Promise<Adapter> {
@@ -546,13 +554,14 @@ async function create(
 /** @param only path of the one module that is adapted, of those that the configuration targets */
 function inject(
   model: Module,
-  config: AdapterConfig,
-  options: InjectOptions,
+  given: AdapterConfig,
+  options: CreateOptions,
   loading: boolean,
   only?: string,
 ): { adapter: Adapter; contexts: readonly WrapContext[] } {
-  const method = methodOf(config.peft_type, '');
-  const { seed = 42, modelType = 'mistral' } = options;
+  const method = methodOf(given.peft_type, '');
+  const config = method.resolveConfig?.(given, model) ?? given;
+  const { seed = 42, modelType = 'mistral', tokenize } = options;
   const modules = new Map([...model.namedModules()].filter(([path]) => path !== ''));
   for (const [path, module] of modules) {
     if (adapted.has(module)) {
@@ -589,7 +598,7 @@ function inject(
   const device = first[1].device;
   const wanted = (path: string): boolean => only === undefined || path === only;
   const hiddenSize = hiddenSizeOf(modules.values());
-  const context: MethodContext = { device, config, seed, hiddenSize, loading };
+  const context: MethodContext = { device, model, config, tokenize, seed, hiddenSize, loading };
   const shared = method.shared?.(targets.map(at), context) ?? {};
   const contexts = targets.filter(wanted).map((path): WrapContext => ({ ...context, path, shared }));
   const layers = new Map<string, AdaptedModule>();
