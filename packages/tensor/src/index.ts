@@ -87,8 +87,11 @@ export {
   logitsRows,
 } from './ops/cross-entropy.js';
 export { dropout, dropoutMaskReference, dropoutOp, type DropoutOptions } from './ops/dropout.js';
+export { addNoise, type NoiseOptions, noiseReference } from './ops/noise.js';
+export type { RandomPlace } from './wgsl/dropout-mask.js';
 export { embedding, embeddingOp, type EmbeddingOptions } from './ops/embedding.js';
 export { gatherRows, gatherRowsOp } from './ops/gather-rows.js';
+export { insertRows, insertRowsOp, removeRows, removeRowsOp, widenSpans } from './ops/insert-rows.js';
 export { loraLinear, loraLinearOp, type LoraLinearOptions } from './ops/lora-linear.js';
 export { loraSum, loraSumByRowOp, loraSumOp, type LoraTerm } from './ops/lora-sum.js';
 export { mul, mulOp } from './ops/mul.js';
@@ -111,6 +114,7 @@ export { silu, siluOp } from './ops/silu.js';
 export { softmax, softmaxOp } from './ops/softmax.js';
 export { sum, sumOp } from './ops/sum.js';
 export { swiglu, swigluOp } from './ops/swiglu.js';
+export { tanh, tanhOp } from './ops/tanh.js';
 export { transpose, transposeOp } from './ops/transpose.js';
 export { attention, attentionOp, type AttentionOptions } from './ops/attention.js';
 export { rope, ropeOp, type RopeOptions, ropeQk, ropeQkOp } from './ops/rope.js';

@@ -24,7 +24,11 @@ import { linear } from './linear.js';
 
 const device = await testDevice();
 
-function crossEntropy64(z: Array64, labels: Array64, scale: number): [Array64, Array64] {
+function crossEntropy64(
+  z: Array64,
+  labels: Array64,
+  { scale, smoothing = 0 }: { readonly scale: number; readonly smoothing?: number },
+): [Array64, Array64] {
   const [, columns] = z.shape;
   let loss = 0;
   let correct = 0;
@@ -32,7 +36,9 @@ function crossEntropy64(z: Array64, labels: Array64, scale: number): [Array64, A
     if (label === ignoredLabel) return;
     const row = z.data.subarray(n * columns, (n + 1) * columns);
     const top = Math.max(...row);
-    loss += top + Math.log(row.reduce((s, v) => s + Math.exp(v - top), 0)) - row[label];
+    const all = top + Math.log(row.reduce((s, v) => s + Math.exp(v - top), 0));
+    const mean = row.reduce((s, v) => s + (all - v), 0) / columns;
+    loss += (1 - smoothing) * (all - row[label]) + smoothing * mean;
     if (row.indexOf(top) === label) correct++;
   });
   return [array64([], [scale * loss]), array64([], [correct])];
@@ -53,17 +59,23 @@ it('crossEntropy: values and gradients', () =>
       },
     },
     values: { logits: (v) => 4 * v },
-    attrs: () => fc.constantFrom(1, 0.125, 1 / 3),
+    attrs: () =>
+      fc.constantFrom(
+        { scale: 1, smoothing: 0 },
+        { scale: 0.125, smoothing: 0 },
+        { scale: 1, smoothing: 0.1 },
+        { scale: 1 / 3, smoothing: 0.5 },
+      ),
     differentiable: [true, false],
     // The entries of a gradient over 515 columns are small.
     floor: 1e-3,
     // The loss is f32 whatever the logits are.
     tolerance: { f32: { value: 5e-6 }, f16: { value: 5e-6 } },
-    run: ([logits, labels], scale) => {
-      const { loss, correct } = crossEntropy(logits, labels, { scale });
+    run: ([logits, labels], attrs) => {
+      const { loss, correct } = crossEntropy(logits, labels, attrs);
       return [loss, correct];
     },
-    reference: ([logits, labels], scale) => crossEntropy64(logits, labels, scale),
+    reference: ([logits, labels], attrs) => crossEntropy64(logits, labels, attrs),
   }));
 
 /** The logits of the rows that `index` names. */
@@ -98,14 +110,19 @@ it('linearCrossEntropy: values and gradients, in several chunks', () =>
           },
         ),
     },
-    attrs: () => fc.constantFrom({ scale: 1, chunk: 8 }, { scale: 1 / 3, chunk: 16 }, { scale: 0.125, chunk: 100 }),
+    attrs: () =>
+      fc.constantFrom(
+        { scale: 1, chunk: 8, smoothing: 0 },
+        { scale: 1 / 3, chunk: 16, smoothing: 0.1 },
+        { scale: 0.125, chunk: 100, smoothing: 0.5 },
+      ),
     differentiable: [true, false],
     tolerance: { f32: { value: 5e-6 }, f16: { value: 5e-6 } },
     run: ([x, w, index, labels], attrs) => {
       const { loss, correct } = linearCrossEntropy(x, w, index, labels, attrs);
       return [loss, correct];
     },
-    reference: ([x, w, index, labels], { scale }) => crossEntropy64(logits64(x, w, index), labels, scale),
+    reference: ([x, w, index, labels], attrs) => crossEntropy64(logits64(x, w, index), labels, attrs),
   }));
 
 describe('linearCrossEntropy', () => {
@@ -202,7 +219,7 @@ describe('crossEntropy', () => {
     const logits = [...randomArray64(3 * columns, 5, 8)].map(Math.fround);
     const labels = [31999, -100, 17];
     const { loss, grad } = await evaluate(logits, [3, columns], labels);
-    const [expected] = crossEntropy64(array64([3, columns], logits), array64([3], labels), 1);
+    const [expected] = crossEntropy64(array64([3, columns], logits), array64([3], labels), { scale: 1 });
     expect(relativeError([loss], expected.data)).toBeLessThan(1e-6);
     const expectedGrad = labels.flatMap((label, n) => {
       const e = logits.slice(n * columns, (n + 1) * columns).map(Math.exp);
@@ -210,6 +227,27 @@ describe('crossEntropy', () => {
       return e.map((v, i) => (label < 0 ? 0 : v / s - (i === label ? 1 : 0)));
     });
     expect(relativeError(grad, expectedGrad)).toBeLessThan(1e-6);
+  });
+
+  it('smoothed over a whole vocabulary, the loss is (1 - e) times the label’s and e times the mean', async () => {
+    const [columns, smoothing] = [32000, 0.1];
+    const logits = [...randomArray64(2 * columns, 6, 8)].map(Math.fround);
+    const labels = [7, 31998];
+    const [loss, grad] = scope(() => {
+      const z = device.fromArray(logits, [2, columns]);
+      const y = device.fromArray(labels, [2], 'i32');
+      const { value, grads } = valueAndGrad(() => crossEntropy(z, y, { smoothing }).loss, [z]);
+      return keep([value, grads[0]]);
+    });
+    const [wanted] = crossEntropy64(array64([2, columns], logits), array64([2], labels), { scale: 1, smoothing });
+    expect(relativeError([await loss.item()], wanted.data)).toBeLessThan(1e-6);
+    const wantedGrad = labels.flatMap((label, n) => {
+      const e = logits.slice(n * columns, (n + 1) * columns).map(Math.exp);
+      const s = e.reduce((a, b) => a + b, 0);
+      return e.map((v, i) => v / s - (i === label ? 1 - smoothing : 0) - smoothing / columns);
+    });
+    expect(relativeError(await grad.read(), wantedGrad)).toBeLessThan(1e-6);
+    for (const x of [loss, grad]) x.dispose();
   });
 
   it('holds with logits that exp alone would overflow', async () => {

@@ -13,8 +13,10 @@ const workgroupSize = 64;
 
 // A row of statistics is 8 f32: the maximum m; the sum of exp(z - m); that sum without the label's column, so that the
 // label's gradient p - 1 = -rest / sum has no cancellation; 0; the loss; 1 when the maximum is the label's; 0; 0.
+// With smoothing e the loss of a row is (1 - e) (-log p[label]) + e mean(-log p) = -log p[label] + e mean(z[label] - z), and
+// its gradient p - (1 - e) [label] - e / V.
 // A label that is neither -100 nor a column makes the loss NaN, since a kernel cannot throw.
-/** A workgroup takes a row. With `gradient` it goes over the row again and leaves p - [label] in the logits' place. */
+/** A workgroup takes a row. With `gradient` it goes over the row again and leaves the gradient in the logits' place. */
 function statisticsKernel(name: string, gradient: boolean): Kernel {
   const fill = (value: string): string =>
     gradient
@@ -23,13 +25,14 @@ function statisticsKernel(name: string, gradient: boolean): Kernel {
   return defineKernel({
     name,
     bindings: { z: gradient ? 'update' : 'read', labels: 'read', stats: 'write' },
-    params: { row_quads: 'u32', columns: 'u32', nan_bits: 'u32', first: 'u32' },
+    params: { row_quads: 'u32', columns: 'u32', nan_bits: 'u32', first: 'u32', smoothing: 'f32' },
     workgroupSize,
     body: `
 const LOWEST: f32 = -3.4028234e38;
 var<workgroup> tops: array<f32, WORKGROUP>;
 var<workgroup> places: array<u32, WORKGROUP>;
 var<workgroup> rests: array<f32, WORKGROUP>;
+var<workgroup> gaps: array<f32, WORKGROUP>;
 fn kernel(group: u32, lane: u32) {
   let at = group * P.row_quads;
   let label = labels_load(P.first + group);
@@ -46,6 +49,8 @@ fn kernel(group: u32, lane: u32) {
   var top = LOWEST;
   var place = 0u;
   var rest = vec4<f32>(0.0);
+  let z_label = z_load(at * 4u + u32(label));
+  var gap = vec4<f32>(0.0);
   for (var q = lane; q * 4u < P.columns; q += WORKGROUP) {
     let column = vec4<u32>(q * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
     let inside = column < vec4<u32>(P.columns);
@@ -57,7 +62,9 @@ fn kernel(group: u32, lane: u32) {
       place = q * 4u + select(select(select(3u, 2u, v.z == highest), 1u, v.y == highest), 0u, v.x == highest);
     }
     rest += select(vec4<f32>(0.0), exp(v - top), inside & (column != target_column));
+    if (P.smoothing > 0.0) { gap += select(vec4<f32>(0.0), z_label - v, inside); }
   }
+  gaps[lane] = (gap.x + gap.y) + (gap.z + gap.w);
   tops[lane] = top;
   places[lane] = place;
   rests[lane] = (rest.x + rest.y) + (rest.z + rest.w);
@@ -68,16 +75,16 @@ fn kernel(group: u32, lane: u32) {
       let m = max(a, b);
       rests[lane] = rests[lane] * exp(max(a - m, -200.0)) + rests[lane + n] * exp(max(b - m, -200.0));
       tops[lane] = m;
+      gaps[lane] += gaps[lane + n];
       if (b > a || (b == a && places[lane + n] < places[lane])) { places[lane] = places[lane + n]; }
     }
     workgroupBarrier();
   }
   if (lane == 0u) {
     let m = tops[0];
-    let z_label = z_load(at * 4u + u32(label));
     let s = rests[0] + exp(z_label - m);
     stats_store4(2u * group, vec4<f32>(m, s, rests[0], 0.0));
-    stats_store4(2u * group + 1u, vec4<f32>((m - z_label) + log(s), select(0.0, 1.0, places[0] == u32(label)), 0.0, 0.0));
+    stats_store4(2u * group + 1u, vec4<f32>((m - z_label) + log(s) + P.smoothing * gaps[0] / f32(P.columns), select(0.0, 1.0, places[0] == u32(label)), 0.0, 0.0));
     ${gradient ? 'tops[1] = s;' : ''}
   }
   ${
@@ -86,10 +93,11 @@ fn kernel(group: u32, lane: u32) {
   workgroupBarrier();
   let m = tops[0];
   let s = tops[1];
-  let at_label = vec4<f32>(-rests[0] / s);
+  let at_label = vec4<f32>(P.smoothing - rests[0] / s);
+  let even = P.smoothing / f32(P.columns);
   for (var q = lane; q < P.row_quads; q += WORKGROUP) {
     let column = vec4<u32>(q * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-    let p = select(exp(z_load4(at + q) - m) / s, at_label, column == target_column);
+    let p = select(exp(z_load4(at + q) - m) / s, at_label, column == target_column) - even;
     z_store4(at + q, mask4(p, q * 4u, P.columns));
   }`
       : ''
@@ -128,7 +136,7 @@ fn kernel(group: u32, lane: u32) {
 const backwardKernel = defineKernel({
   name: 'cross_entropy_backward',
   bindings: { z: 'read', labels: 'read', stats: 'read', dy: 'read', out: 'write' },
-  params: { row_quads: 'u32', columns: 'u32', scale: 'f32' },
+  params: { row_quads: 'u32', columns: 'u32', scale: 'f32', smoothing: 'f32' },
   workgroupSize,
   // A workgroup takes a row, so that label and statistics are read once a thread, not once a quad.
   body: `
@@ -139,18 +147,23 @@ fn kernel(group: u32, lane: u32) {
   let s = stats_load4(2u * group);
   let factor = dy_load(0u) * P.scale;
   let target_column = vec4<u32>(u32(max(label, 0)));
-  let at_label = vec4<f32>(-s.z / s.y);
+  let at_label = vec4<f32>(P.smoothing - s.z / s.y);
+  let even = P.smoothing / f32(P.columns);
   for (var q = lane; q < P.row_quads; q += WORKGROUP) {
     let column = vec4<u32>(q * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-    let p = select(exp(z_load4(at + q) - s.x) / s.y, at_label, column == target_column);
+    let p = select(exp(z_load4(at + q) - s.x) / s.y, at_label, column == target_column) - even;
     out_store4(at + q, select(vec4<f32>(0.0), factor * p, (column < vec4<u32>(P.columns)) & vec4<bool>(live)));
   }
 }`,
 });
 
 /** Statistics of the rows of z, whose labels begin at `first`. */
-function statistics(kernel: Kernel, z: Tensor, labels: Tensor, stats: Tensor, first: number): void {
-  const params = { row_quads: z.pitch / 4, columns: z.columns, nan_bits: 0x7fc00000, first };
+function statistics(
+  kernel: Kernel,
+  { z, labels, stats }: { readonly z: Tensor; readonly labels: Tensor; readonly stats: Tensor },
+  { first, smoothing }: { readonly first: number; readonly smoothing: number },
+): void {
+  const params = { row_quads: z.pitch / 4, columns: z.columns, nan_bits: 0x7fc00000, first, smoothing };
   z.device.dispatch(kernel, { z, labels, stats }, params, z.rows);
 }
 
@@ -164,25 +177,25 @@ function totals(stats: Tensor, scale: number): Tensor[] {
 }
 
 /** @internal */
-export const crossEntropyOp: Op<{ scale: number }> = defineOp<{ scale: number }>({
+export const crossEntropyOp: Op<Required<CrossEntropyOptions>> = defineOp<Required<CrossEntropyOptions>>({
   name: 'crossEntropy',
   contract: 'logits[N, V], labels[N] -> [], []',
   integers: ['labels'],
-  forward: ([z, labels], { attrs: { scale } }) => {
+  forward: ([z, labels], { attrs: { scale, smoothing } }) => {
     const device = z.device;
     const rows = z.rows;
     const stats = device.empty([rows, 8], 'f32');
-    statistics(lossKernel, z, labels, stats, 0);
+    statistics(lossKernel, { z, labels, stats }, { first: 0, smoothing });
     return { outputs: totals(stats, scale), saved: [z, labels, stats] };
   },
-  vjp: ({ dys: [dy], saved: [z, labels, stats], attrs: { scale } }) => {
+  vjp: ({ dys: [dy], saved: [z, labels, stats], attrs: { scale, smoothing } }) => {
     // Undefined: nothing but the count of correct rows was used, and that is a step function.
     if (dy === undefined || z === undefined || labels === undefined || stats === undefined) return [];
     const out = z.device.empty(z.shape, z.dtype);
     z.device.dispatch(
       backwardKernel,
       { z, labels, stats, dy, out },
-      { row_quads: z.pitch / 4, columns: z.columns, scale },
+      { row_quads: z.pitch / 4, columns: z.columns, scale, smoothing },
       z.rows,
     );
     return [out];
@@ -193,11 +206,13 @@ export const crossEntropyOp: Op<{ scale: number }> = defineOp<{ scale: number }>
 export interface CrossEntropyOptions {
   /** Factor of the sum, for example 1 / (supervised tokens of the step); default 1. */
   readonly scale?: number;
+  /** Label smoothing: the share of a label's weight that all V columns get alike, 0 (the default) to 1. */
+  readonly smoothing?: number;
 }
 
 /** Result of `crossEntropy`; both are f32 scalars on the device. */
 export interface CrossEntropy {
-  /** scale times the sum over supervised rows of logsumexp(z) - z[label]. */
+  /** scale times the sum over supervised rows of logsumexp(z) - (1 - smoothing) z[label] - smoothing mean(z). */
   readonly loss: Tensor;
   /** Number of supervised rows whose largest logit (the first of equal ones) is the label's. Has no gradient. */
   readonly correct: Tensor;
@@ -208,7 +223,10 @@ export interface CrossEntropy {
  * do not count and get a zero gradient; any other label outside 0..V-1 makes the loss NaN.
  */
 export function crossEntropy(logits: Tensor, labels: Tensor, options: CrossEntropyOptions = {}): CrossEntropy {
-  const [loss, correct] = crossEntropyOp.run([logits, labels], { scale: options.scale ?? 1 });
+  const [loss, correct] = crossEntropyOp.run([logits, labels], {
+    scale: options.scale ?? 1,
+    smoothing: options.smoothing ?? 0,
+  });
   return { loss, correct };
 }
 
@@ -238,8 +256,7 @@ fn kernel(group: u32, lane: u32) {
 }`,
 });
 
-interface LinearAttrs {
-  readonly scale: number;
+interface LinearAttrs extends Required<CrossEntropyOptions> {
   readonly chunk: number;
   readonly dtypes: readonly DType[];
 }
@@ -250,7 +267,7 @@ export const linearCrossEntropyOp: Op<LinearAttrs> = defineOp<LinearAttrs>({
   contract: 'x[M, D], w[V, D], index[N], labels[N] -> [], []',
   weights: ['w'],
   integers: ['index', 'labels'],
-  forward: ([x, w, index, labels], { attrs: { scale, chunk }, needs: [needsX, needsW] }) => {
+  forward: ([x, w, index, labels], { attrs: { scale, smoothing, chunk }, needs: [needsX, needsW] }) => {
     const { device } = x;
     const rows = index.size;
     const stats = device.empty([rows, 8], 'f32');
@@ -263,7 +280,11 @@ export const linearCrossEntropyOp: Op<LinearAttrs> = defineOp<LinearAttrs>({
       const h = gathered(x, index, from, count);
       const z = device.empty([count, w.shape[0]], 'f32');
       gemm(h, w, z, { transB: true });
-      statistics(needsX || needsW ? lossAndGradientKernel : lossKernel, z, labels, part(stats), from);
+      statistics(
+        needsX || needsW ? lossAndGradientKernel : lossKernel,
+        { z, labels, stats: part(stats) },
+        { first: from, smoothing },
+      );
       if (dh !== undefined) gemm(z, w, part(dh));
       if (dw !== undefined) gemm(z, h, dw, { transA: true, accumulate: from > 0 });
       // At once: the next chunk takes the same buffers.
@@ -313,9 +334,10 @@ export function linearCrossEntropy(
   labels: Tensor,
   options: LinearCrossEntropyOptions = {},
 ): CrossEntropy {
-  const { scale = 1, chunk = logitsRows(w.shape[0]) } = options;
+  const { scale = 1, smoothing = 0, chunk = logitsRows(w.shape[0]) } = options;
   const [loss, correct] = linearCrossEntropyOp.run([x, w, index, labels], {
     scale,
+    smoothing,
     chunk: Math.max(8, chunk - (chunk % 8)),
     dtypes: [x.dtype, w.dtype],
   });

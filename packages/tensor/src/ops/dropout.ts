@@ -6,7 +6,14 @@ import { LorikeetError } from '../errors.js';
 import { defineKernel, type Kernel } from '../kernel.js';
 import { defineOp, type Op } from '../op.js';
 import type { Tensor } from '../tensor.js';
-import { type DropoutOptions, maskArguments, maskInterface, maskSource, thresholdOf } from '../wgsl/dropout-mask.js';
+import {
+  type DropoutOptions,
+  maskArguments,
+  maskInterface,
+  maskSource,
+  type RandomPlace,
+  thresholdOf,
+} from '../wgsl/dropout-mask.js';
 import { philox } from './philox.js';
 
 export type { DropoutOptions };
@@ -30,15 +37,21 @@ fn kernel(group: u32, lane: u32) {
 
 const kernels = { plain: kernelOf(false), counted: kernelOf(true) };
 
-/** @internal Throws unless the options are in their ranges. */
-export function checkDropout({ p, seed, stream, step }: DropoutOptions, op: string): void {
-  if (!(p >= 0 && p < 1)) throw new LorikeetError(`${op}: the dropout probability p is ${p}; it must be in [0, 1)`);
+/** @internal Throws unless the numbers are in their ranges. */
+export function checkPlace({ seed, stream, step }: RandomPlace, what: string): void {
   const word = (v: number): boolean => Number.isInteger(v) && v >= 0 && v < 2 ** 32;
   if (!Number.isSafeInteger(seed) || seed < 0 || !word(stream) || !word(step)) {
     throw new LorikeetError(
-      `${op}: dropout seed ${seed}, stream ${stream}, step ${step}; seed must be a whole number below 2^53, stream and step below 2^32`,
+      `${what} seed ${seed}, stream ${stream}, step ${step}; seed must be a whole number below 2^53, stream and step below 2^32`,
     );
   }
+}
+
+/** @internal Throws unless the options are in their ranges. */
+export function checkDropout(options: DropoutOptions, op: string): void {
+  const { p } = options;
+  if (!(p >= 0 && p < 1)) throw new LorikeetError(`${op}: the dropout probability p is ${p}; it must be in [0, 1)`);
+  checkPlace(options, `${op}: dropout`);
 }
 
 function dropped(x: Tensor, options: DropoutOptions): Tensor {
@@ -73,14 +86,13 @@ export function dropout(x: Tensor, options: DropoutOptions): Tensor {
   return options.p === 0 ? x : dropoutOp.run([x], options)[0];
 }
 
-/** The factors that `dropout` applies to `size` elements, on the host: 0 or 1 / (1 - p). For tests and references. */
-export function dropoutMaskReference(size: number, { p, seed, stream, step }: DropoutOptions): Float64Array {
-  const out = new Float64Array(size);
+/** The random numbers of `size` elements, on the host: u32, as kernels have them. For tests and references. */
+export function* randomBits(size: number, { seed, stream, step }: RandomPlace): Generator<number, void, undefined> {
   const key = [seed % 2 ** 32, Math.floor(seed / 2 ** 32)];
-  for (let i = 0; i < size; i += 4) {
-    philox([i / 4, 0, stream, step], key).forEach((bits, c) => {
-      if (i + c < size) out[i + c] = bits >= thresholdOf(p) ? 1 / (1 - p) : 0;
-    });
-  }
-  return out;
+  for (let i = 0; i < size; i += 4) yield* philox([i / 4, 0, stream, step], key).slice(0, size - i);
+}
+
+/** The factors that `dropout` applies to `size` elements, on the host: 0 or 1 / (1 - p). For tests and references. */
+export function dropoutMaskReference(size: number, { p, ...place }: DropoutOptions): Float64Array {
+  return Float64Array.from(randomBits(size, place), (bits) => (bits >= thresholdOf(p) ? 1 / (1 - p) : 0));
 }
