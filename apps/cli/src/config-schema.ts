@@ -2,6 +2,7 @@
 import { z } from 'zod';
 import { adapterSchemas, adapterShapes, type ChosenSection } from './config-adapter.js';
 import { count, isMap, names, share, stepsOrShare, text } from './config-types.js';
+import { type Destination, destinations } from './reporting/reporter.js';
 import { quoted } from './text.js';
 
 /** Element type of the base weights and activations; `auto` follows the checkpoint (16 bit or not). */
@@ -87,7 +88,8 @@ export interface Config extends ChosenSection {
   logging_steps: number;
   output_dir: string;
   run_name: string | null;
-  report_to: 'jsonl'[];
+  /** Where numbers go beside train_log.jsonl, which is written always. */
+  report_to: Destination[];
 
   /** Most GPU memory that a run may use, in GB. */
   memory_limit_gb: number | null;
@@ -172,7 +174,7 @@ const topShape = {
   logging_steps: stepsOrShare().default(10).describe('a whole number, or a share of all steps below 1'),
   output_dir: text().default('out').describe('a folder'),
   run_name: text().nullable().default(null).describe('a text'),
-  report_to: z.array(z.literal('jsonl')).default(['jsonl']).describe('none, or a list with jsonl'),
+  report_to: z.array(z.enum(destinations)).default(['jsonl']).describe('none, or a list of jsonl and tensorboard'),
 
   memory_limit_gb: z.number().positive().nullable().default(null).describe('a number above 0'),
   max_gflop_per_dispatch: z.number().positive().nullable().default(null).describe('a number above 0'),

@@ -390,6 +390,37 @@ lorikeet bench --json > bench.json`,
 
   add(
     program,
+    'dashboard',
+    'Serves a page on this machine with live curves of runs, their first rows, answers and losses of tokens.',
+    `lorikeet dashboard ./out
+lorikeet dashboard ./out/r8 ./out/r16            two runs over each other
+lorikeet dashboard ./out --port 8080`,
+  )
+    .argument('<folder...>', 'output folders of runs')
+    .option('--port <n>', 'port on 127.0.0.1 (default: any that is free)', integer(0), 0)
+    .action(async (folders: string[], _options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runDashboard } = await import('./commands/dashboard.js');
+        await runDashboard(context, folders, command.opts());
+      });
+    });
+
+  add(
+    program,
+    'report',
+    'Writes report.html of a run anew: the dashboard in one file, which a run writes at its end.',
+    'lorikeet report ./out',
+  )
+    .argument('<folder>', 'output folder of a run')
+    .action(async (folder: string, _options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runReport } = await import('./commands/dashboard.js');
+        await runReport(context, folder);
+      });
+    });
+
+  add(
+    program,
     'doctor',
     'Says which GPU there is, what it can do, and what to install when there is none.',
     'lorikeet doctor\nlorikeet doctor --tune      measure anew which kernels are fastest here\nlorikeet doctor --json',

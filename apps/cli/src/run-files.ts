@@ -8,11 +8,18 @@ import { createFolder } from '@lorikeet/tensor/node';
 import { listCheckpoints, removeCheckpoints } from './checkpoint.js';
 import { type Config, dumpConfig, loadConfig, type ResolvedConfig } from './config.js';
 import { CliError, errorCode, fileError } from './errors.js';
+import { overviewFile, reportFile, tokenLossFile } from './reporting/overview.js';
+import { listEventFiles } from './reporting/tensorboard.js';
 import { shellQuoted } from './text.js';
 import { writeFileAtomic, writeJsonAtomic } from './write.js';
 
 /** Files that say that a folder holds a finished run. */
-const resultFiles: readonly string[] = ['adapter_model.safetensors', 'adapter_config.json', 'run.json'];
+const resultFiles: readonly string[] = [
+  'adapter_model.safetensors',
+  'adapter.safetensors',
+  'adapter_config.json',
+  'run.json',
+];
 /** Files that a run writes, or that are about the adapter that it replaces. */
 const runFiles: readonly string[] = [
   ...resultFiles,
@@ -21,6 +28,9 @@ const runFiles: readonly string[] = [
   'train_log.jsonl',
   'eval_results.json',
   'predictions.jsonl',
+  overviewFile,
+  tokenLossFile,
+  reportFile,
 ];
 
 async function namesIn(folder: string): Promise<string[]> {
@@ -85,6 +95,7 @@ export async function clearOutputFolder(folder: string): Promise<void> {
       throw fileError(error, join(folder, name), 'cannot replace');
     });
   }
+  for (const path of await listEventFiles(folder)) await rm(path);
   await removeCheckpoints(folder);
 }
 

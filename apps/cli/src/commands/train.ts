@@ -1,6 +1,6 @@
 /** `lorikeet train`: fine-tunes a model as a run file says. */
-import { copyFile, rm, stat } from 'node:fs/promises';
-import { dirname, join, resolve } from 'node:path';
+import { copyFile } from 'node:fs/promises';
+import { basename, dirname, join, resolve } from 'node:path';
 import type { Mistral } from '@lorikeet/mistral';
 import { type Adapter, type AdapterConfig, createAdapter, isLoraConfig } from '@lorikeet/peft';
 import { type Device, type JsonValue, OutOfMemoryError, parseJson } from '@lorikeet/tensor';
@@ -8,7 +8,6 @@ import { createFolder, openFolder } from '@lorikeet/tensor/node';
 import {
   type CheckpointRecord,
   type CollateOptions,
-  type EvalRecord,
   evaluateLoss,
   fingerprint,
   previewRow,
@@ -20,6 +19,7 @@ import {
   type TrainingArguments,
   warmupStepCount,
 } from '@lorikeet/trainer';
+import type { Overview } from '../../page/types.js';
 import {
   baseIdentity,
   checkpointPath,
@@ -35,13 +35,17 @@ import {
 import { type Config, dumpConfig, loadConfig, type ResolvedConfig } from '../config.js';
 import { runAdapter } from '../config-adapter.js';
 import type { CommandContext } from '../context.js';
-import { CliError, InterruptedError, UsageError } from '../errors.js';
+import { writeReport } from '../dashboard/report.js';
+import { CliError, errorMessage, InterruptedError, UsageError } from '../errors.js';
 import { previewLegend, renderPreview } from '../mask-preview.js';
 import { modelCard } from '../model-card.js';
 import { machineOf, type Plan, tryPlan } from '../plan.js';
 import { suggestionsFor } from '../plan-fit.js';
 import { fitText, formatFlops, partsInWords, planBesideCount, planJson } from '../plan-report.js';
 import { inFourBits, planSettings, runAdapterConfig } from '../plan-settings.js';
+import { openReporters } from '../reporting/open-reporters.js';
+import { previewRows, writeOverview, writeTokenLosses } from '../reporting/overview.js';
+import { evalEntry, type LogEntry, LogWindow, type Reporter } from '../reporting/reporter.js';
 import { loadRunData, type RunData } from '../run-data.js';
 import {
   checkOutputFolder,
@@ -63,7 +67,7 @@ import {
 import { formatBytes, formatCount, formatDuration, formatNumber, printable, quoted, shellQuoted } from '../text.js';
 import type { Progress } from '../ui.js';
 import { version, versions } from '../version.js';
-import { type JsonLinesLog, openJsonLines, writeFileAtomic } from '../write.js';
+import { writeFileAtomic } from '../write.js';
 
 /** Options of the command. */
 export interface TrainOptions {
@@ -338,7 +342,8 @@ class Run {
     );
     await this.#takeUp(model, adapter);
     this.#base = this.#from?.progress.base ?? (await baseIdentity(this.#files.folder));
-    this.#header(model, adapter, warmupStepCount(schedule));
+    const facts = this.#facts(model, adapter, warmupStepCount(schedule));
+    this.#header(model, adapter, facts);
     const collate: CollateOptions = { padTokenId: tokenizer.padTokenId ?? tokenizer.eosTokenId ?? 0 };
     let before: Evaluation | undefined;
     if (this.#from !== undefined) before = this.#from.progress.before ?? undefined;
@@ -347,18 +352,20 @@ class Run {
       await clearOutputFolder(config.output_dir);
     }
     if (before !== undefined) this.#showEvaluation('before', before);
-    const logPath = join(config.output_dir, 'train_log.jsonl');
-    const log = await openJsonLines(logPath, this.#from?.log);
-    let course: Course;
+    const { signal } = this.#context;
+    const reporter = await openReporters({
+      outputDir: config.output_dir,
+      reportTo: config.report_to,
+      from: this.#from,
+    });
+    let course: Course | undefined;
     try {
-      course = await this.#train({ model, adapter, collate, log, before });
+      await this.#writeOverview(facts);
+      course = await this.#train({ model, adapter, collate, reporter, before });
     } finally {
-      await log.close();
-      // A run that failed before it logged anything leaves nothing.
-      if ((await stat(logPath)).size === 0) await rm(logPath);
+      await reporter.end(course === undefined ? 'failed' : signal.aborted ? 'interrupted' : 'done');
     }
     const { last } = course;
-    const { signal } = this.#context;
     if (last === undefined) {
       throw signal.aborted
         ? new InterruptedError('stopped before the first step; nothing was saved')
@@ -371,6 +378,7 @@ class Run {
       after = await this.#evaluate(model, validation.examples, collate);
       await this.#save(model, adapter, last, { before, after });
     }
+    await this.#writeReport(model, collate);
     this.#finish(last, { before, after });
     if (signal.aborted) {
       const { saved } = course;
@@ -491,11 +499,72 @@ class Run {
     return this.#from === undefined ? [] : [...this.#from.progress.resumed, this.#from.step];
   }
 
-  #header(model: Mistral, adapter: Adapter, warmup: number): void {
+  /** What the run is, for its head and its overview. */
+  #facts(model: Mistral, adapter: Adapter, warmup: number): Overview['facts'] {
+    const config = this.#config;
+    const { trainable, total, percent } = adapter.trainableReport();
+    const { train: trained, validation, added } = this.#data;
+    const targets = [...new Set([...adapter.layers.keys()].map((path) => path.split('.').at(-1) ?? path))];
+    const perStep = `${config.per_device_train_batch_size} x ${config.gradient_accumulation_steps}`;
+    const texts = printable(added.map((token) => token.content).join(' '));
+    const newTokens: Overview['facts'] =
+      added.length === 0 ? [] : [['new tokens', `${texts} (their rows are trained)`]];
+    return [
+      [
+        'model',
+        `${printable(this.#files.name)}, ${formatCount(total - trainable)} parameters, ${dtypeName(model)}${inFourBits(config, this.#files) ? ', linear layers in 4 bits' : ''}`,
+      ],
+      ['adapter', `${runAdapter(config).words} on ${printable(targets.join(', '))}`],
+      ['trainable', `${formatCount(trainable)} parameters, ${percent.toPrecision(3)} % of all`],
+      ...newTokens,
+      ['device', deviceName(this.#device)],
+      [
+        'data',
+        `${formatCount(trained.report.kept)} rows of at most ${formatCount(trained.report.longest)} tokens, ${((100 * trained.report.supervised) / trained.report.tokens).toFixed(1)} % of them trained; ${formatCount(validation?.report.kept ?? 0)} rows held out`,
+      ],
+      [
+        'run',
+        `${formatCount(this.#total)} steps of ${perStep} rows, learning rate ${formatNumber(config.learning_rate)} ${config.lr_scheduler_type}, warm-up ${formatCount(warmup)}`,
+      ],
+      ['memory', `${formatBytes(this.#plan.peakBytes)} planned at the peak: ${partsInWords(this.#plan.parts)}`],
+      ['a step', `${formatFlops(this.#plan.step.flops)} in ${formatCount(this.#plan.step.dispatches)} dispatches`],
+    ];
+  }
+
+  async #writeOverview(facts: Overview['facts']): Promise<void> {
+    const config = this.#config;
+    const { rows, options } = this.#data;
+    await writeOverview(config.output_dir, {
+      name: config.run_name ?? basename(resolve(config.output_dir)),
+      started: this.#from?.progress.started ?? this.#started.toISOString(),
+      total_steps: this.#total,
+      facts,
+      settings: dumpConfig(config),
+      rows: previewRows(rows.train, options),
+    });
+  }
+
+  /** Writes what only looks back: the run is saved, and is not lost over it. */
+  async #writeReport(model: Mistral, collate: CollateOptions): Promise<void> {
+    const { signal, ui } = this.#context;
+    const { tokenizer, rows, validation } = this.#data;
+    const folder = this.#config.output_dir;
+    try {
+      if (validation !== undefined && !signal.aborted) {
+        const { examples } = validation;
+        await writeTokenLosses(folder, { model, tokenizer, rows: rows.validation, examples, collate, signal });
+      }
+      await writeReport(folder);
+    } catch (error) {
+      ui.warn(`the report was not written: ${printable(errorMessage(error), 400)}`);
+    }
+  }
+
+  #header(model: Mistral, adapter: Adapter, facts: Overview['facts']): void {
     const { ui } = this.#context;
     const config = this.#config;
     const { trainable, total, percent } = adapter.trainableReport();
-    const { train: trained, validation, rows, options, added } = this.#data;
+    const { train: trained, validation, rows, options } = this.#data;
     const { info } = this.#device;
     if (ui.json) {
       ui.data({
@@ -514,33 +583,7 @@ class Run {
         plan: planJson(this.#plan),
       });
     }
-    const { dim } = ui.colors;
-    const targets = [...new Set([...adapter.layers.keys()].map((path) => path.split('.').at(-1) ?? path))];
-    const perStep = `${config.per_device_train_batch_size} x ${config.gradient_accumulation_steps}`;
-    ui.table([
-      [
-        dim('model'),
-        `${printable(this.#files.name)}, ${formatCount(total - trainable)} parameters, ${dtypeName(model)}${inFourBits(config, this.#files) ? ', linear layers in 4 bits' : ''}`,
-      ],
-      [dim('adapter'), `${runAdapter(config).words} on ${printable(targets.join(', '))}`],
-      [dim('trainable'), `${formatCount(trainable)} parameters, ${percent.toPrecision(3)} % of all`],
-      ...(added.length === 0
-        ? []
-        : [
-            [dim('new tokens'), `${printable(added.map((token) => token.content).join(' '))} (their rows are trained)`],
-          ]),
-      [dim('device'), deviceName(this.#device)],
-      [
-        dim('data'),
-        `${formatCount(trained.report.kept)} rows of at most ${formatCount(trained.report.longest)} tokens, ${((100 * trained.report.supervised) / trained.report.tokens).toFixed(1)} % of them trained; ${formatCount(validation?.report.kept ?? 0)} rows held out`,
-      ],
-      [
-        dim('run'),
-        `${formatCount(this.#total)} steps of ${perStep} rows, learning rate ${formatNumber(config.learning_rate)} ${config.lr_scheduler_type}, warm-up ${formatCount(warmup)}`,
-      ],
-      [dim('memory'), `${formatBytes(this.#plan.peakBytes)} planned at the peak: ${partsInWords(this.#plan.parts)}`],
-      [dim('a step'), `${formatFlops(this.#plan.step.flops)} in ${formatCount(this.#plan.step.dispatches)} dispatches`],
-    ]);
+    ui.table(facts.map(([name, value]) => [ui.colors.dim(name), value]));
     ui.line();
     ui.line(`first row: ${previewLegend(ui)}`);
     ui.line(renderPreview(ui, previewRow(rows.train[0], options)));
@@ -568,7 +611,7 @@ class Run {
   }
 
   async #train(training: Training): Promise<Course> {
-    const { model, adapter, collate, log } = training;
+    const { model, adapter, collate, reporter } = training;
     const { ui, signal } = this.#context;
     const from = this.#from;
     const every = stepsOf(this.#config.logging_steps, this.#total);
@@ -583,7 +626,7 @@ class Run {
     const logSteps = async (record: StepRecord): Promise<void> => {
       const entry = since.entry(record);
       unlogged = undefined;
-      await log.append(entry);
+      await reporter.step(entry);
       if (ui.json) ui.data({ event: 'log', ...entry });
       ui.line(stepLine(record, entry));
     };
@@ -608,13 +651,14 @@ class Run {
           evalBar = undefined;
           evaluation = record.step === this.#total ? record : undefined;
           const entry = evalEntry(record);
-          await log.append(entry);
+          await reporter.eval(entry);
           if (ui.json) ui.data({ event: 'eval', ...entry });
           this.#showEvaluation(`at step ${record.step}`, record);
           continue;
         }
         if (record.kind === 'checkpoint') {
           if (last === undefined) throw new CliError('a checkpoint came before the first step');
+          await reporter.checkpoint();
           const path = await this.#checkpoint(record, training, { since, last, barren });
           saved = { step: record.step, path };
           if (ui.json) ui.data({ event: 'checkpoint', step: record.step, path });
@@ -818,78 +862,12 @@ interface Training {
   readonly model: Mistral;
   readonly adapter: Adapter;
   readonly collate: CollateOptions;
-  readonly log: JsonLinesLog;
+  readonly reporter: Reporter;
   readonly before: Evaluation | undefined;
 }
 
 function dtypeName(model: Mistral): 'float32' | 'float16' {
   return model.dtype === 'f32' ? 'float32' : 'float16';
-}
-
-/** One line of train_log.jsonl; names as in the Trainer's log history. */
-interface LogEntry {
-  readonly step: number;
-  readonly epoch: number;
-  readonly loss: number;
-  readonly mean_token_accuracy: number;
-  readonly grad_norm: number;
-  readonly learning_rate: number;
-  readonly num_tokens: number;
-  readonly tokens_per_second: number;
-  readonly peak_memory_bytes: number;
-  readonly loss_scale: number;
-  readonly skipped_steps: number;
-  readonly seconds: number;
-}
-
-/** Sums over the steps since the last log line. */
-class LogWindow {
-  readonly sums: RunProgress['window'];
-
-  constructor(sums: RunProgress['window'] = { supervised: 0, loss: 0, right: 0, tokens: 0, seconds: 0, allTokens: 0 }) {
-    this.sums = { ...sums };
-  }
-
-  add(record: StepRecord): void {
-    const { sums } = this;
-    sums.supervised += record.supervisedTokens;
-    sums.loss += record.loss * record.supervisedTokens;
-    sums.right += record.tokenAccuracy * record.supervisedTokens;
-    sums.tokens += record.tokens;
-    sums.allTokens += record.tokens;
-    // The record's own time, since evaluations lie between the records.
-    sums.seconds += record.tokens / record.tokensPerSecond;
-  }
-
-  /** The line of the steps so far; the next one begins anew. */
-  entry(record: StepRecord): LogEntry {
-    const { sums } = this;
-    const entry: LogEntry = {
-      step: record.step,
-      epoch: record.epoch,
-      loss: sums.loss / sums.supervised,
-      mean_token_accuracy: sums.right / sums.supervised,
-      grad_norm: record.gradNorm,
-      learning_rate: record.learningRate,
-      num_tokens: sums.allTokens,
-      tokens_per_second: sums.tokens / sums.seconds,
-      peak_memory_bytes: record.peakBytes,
-      loss_scale: record.lossScale,
-      skipped_steps: record.skippedSteps,
-      seconds: record.seconds,
-    };
-    sums.supervised = sums.loss = sums.right = sums.tokens = sums.seconds = 0;
-    return entry;
-  }
-}
-
-function evalEntry(record: EvalRecord): Readonly<Record<string, number>> {
-  return {
-    step: record.step,
-    epoch: record.epoch,
-    eval_loss: record.loss,
-    eval_mean_token_accuracy: record.tokenAccuracy,
-  };
 }
 
 function stepLine(record: StepRecord, entry: LogEntry): string {
