@@ -2,7 +2,7 @@
 import { copyFile, mkdir, readFile, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { type GgufReport, writeMistralGguf } from '@lorikeet/mistral';
-import { readLoraFile, writeMlxAdapter } from '@lorikeet/peft';
+import { type AdapterConfig, adapterWeightsFile, isLoraConfig, readLoraFile, writeMlxAdapter } from '@lorikeet/peft';
 import type { ByteSink, GgufType } from '@lorikeet/tensor';
 import { createFile, createFolder, openFolder, openSafetensorsFile } from '@lorikeet/tensor/node';
 import type { CommandContext } from '../context.js';
@@ -111,7 +111,9 @@ async function exportAdapter(
   const { to, output } = options;
   await (to === 'gguf-lora' ? checkNew(output) : checkEmpty(output));
   const { config } = await readModelFiles(context, options.model, { ...options, weights: false });
-  const { folder, name } = await readAdapterFiles(context, options.adapter, options);
+  const adapter = await readAdapterFiles(context, options.adapter, options);
+  const { folder, name } = adapter;
+  checkFormat(to, adapter.config, folder);
   let updates: number | undefined;
   if (to === 'peft') await copyPeft(folder, output);
   else {
@@ -134,12 +136,32 @@ async function exportAdapter(
   ui.line(`adapter saved in ${printable(output)} (${to}${count})`);
 }
 
+/** Where PEFT has an adapter's parameters. */
+const peftWeightsFile = 'adapter_model.safetensors';
+
+/** Refuses adapters for which a format has no place. */
+function checkFormat(to: ExportOptions['to'], config: AdapterConfig, where: string): void {
+  const type = config.peft_type;
+  if (to !== 'peft' && !isLoraConfig(config)) {
+    throw new CliError(`--to ${to} holds low-rank updates of linear layers, and this adapter is one of ${type}`, {
+      where,
+      fix: '`lorikeet export --to gguf` merges it into the model, where the method can be merged.',
+    });
+  }
+  if (adapterWeightsFile(config) !== peftWeightsFile) {
+    throw new CliError(`an adapter of ${type} has the files of AdapterHub, which PEFT does not read`, {
+      where,
+      fix: 'Take the folder as it is: AdapterHub reads it.',
+    });
+  }
+}
+
 /** The adapter's files alone, byte for byte, without those of the run. */
 async function copyPeft(folder: string, output: string): Promise<void> {
   // A broken file is told here rather than by the next reader.
-  await (await openSafetensorsFile(join(folder, 'adapter_model.safetensors'))).close();
+  await (await openSafetensorsFile(join(folder, peftWeightsFile))).close();
   await writeFolderAtomic(output, async (temporary) => {
-    for (const name of ['adapter_model.safetensors', 'adapter_config.json']) {
+    for (const name of [peftWeightsFile, 'adapter_config.json']) {
       await copyFile(join(folder, name), join(temporary, name));
     }
   });
