@@ -94,12 +94,6 @@ export const attentionOp: Op<Attrs> = defineOp<Attrs>({
     const sizes = sizesOf(q.shape, k.shape);
     checkSizes(sizes, attrs);
     const grads = needs[0] || needs[1] || needs[2];
-    if (grads && (sizes.tq !== sizes.tk || attrs.queryOffset !== 0)) {
-      throw new ShapeError(
-        `attention: gradients need queries and keys of the same positions, but q has ${sizes.tq} positions from ` +
-          `${attrs.queryOffset} on and k has ${sizes.tk}; a key cache is for generation, outside valueAndGrad`,
-      );
-    }
     const device = q.device;
     const out = device.empty(shapes[0], q.dtype);
     const lse = device.empty([sizes.b, sizes.g, sizes.rows], 'f32');
@@ -180,9 +174,8 @@ function checkSizes({ tk, h, g, hd }: Sizes, { window, queryOffset, keyLength, s
  * q: [B, T, H, D], k and v: [B, S, G, D] -> [B, T, H, D]; D is a multiple of 8 up to 128, and query head h uses key head
  * floor(h G / H). `spans`, i32 [B, 2], is the half-open range of keys that are real. Query i, at position p =
  * queryOffset + i among the keys, sees key j when start <= j < min(end, keyLength) and p - window < j <= p. A query that
- * sees nothing gives zeros and gets a zero gradient. Memory is linear in T; results are the same bits every time.
- *
- * Gradients need S = T and queryOffset 0.
+ * sees nothing gives zeros and gets a zero gradient, as does a key that nothing sees. Memory is linear in T; results are the
+ * same bits every time.
  * @throws ShapeError for sizes that do not fit together
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, options: AttentionOptions = {}): Tensor {

@@ -95,7 +95,9 @@ it('insertRows and removeRows: what does not fit says so', () => {
     expect(() => insertRows(x, spans, device.zeros([2, 24]), { column: 24 })).toThrow(
       'columns 24 to 31 are asked for, but rows has 24',
     );
-    expect(() => insertRows(x, spans, device.zeros([2, 24]), { column: 4 })).toThrow('must begin and end at a multiple');
+    expect(() => insertRows(x, spans, device.zeros([2, 24]), { column: 4 })).toThrow(
+      'must begin and end at a multiple',
+    );
     expect(() => removeRows(x, spans, 3)).toThrow('3 rows of sequences of 3 are to go; some must stay');
   });
 });

@@ -74,18 +74,22 @@ fn key_count(b: u32, row: u32) -> vec2<u32> {
 
 /** Addressing of the kernels that own keys: which rows see a key. */
 export const flashRowPrelude = `
-// First row that sees a key and the number of such rows, 0 for a key that does not count. Queries start at key 0.
+// First row that sees a key and the number of such rows, 0 for a key that does not count.
 fn row_count(b: u32, key: u32) -> vec2<u32> {
   let end = min(i32(spans_load(2u * b + 1u)), P.key_length);
-  let live = i32(key) >= i32(spans_load(2u * b)) && i32(key) < end && key < P.q_length;
-  let count = select(0u, min(u32(P.window), P.q_length - min(key, P.q_length)), live);
-  return vec2<u32>(key, count) * P.ratio;
+  let live = i32(key) >= i32(spans_load(2u * b)) && i32(key) < end;
+  let query = i32(key) - i32(P.offset);
+  let first = max(query, 0);
+  let last = min(query + P.window, i32(P.q_length));
+  return vec2<u32>(u32(first), u32(select(0, max(last - first, 0), live))) * P.ratio;
 }
 // The rows that see any of count keys: the first one, and the end.
 fn row_range(b: u32, key: u32, count: u32) -> vec2<u32> {
-  let first = max(key, u32(max(i32(spans_load(2u * b)), 0)));
-  let end = min(min(key + count, P.q_length), u32(max(min(i32(spans_load(2u * b + 1u)), P.key_length), 0)));
-  return select(vec2<u32>(0u), vec2<u32>(first, min(end - 1u + u32(P.window), P.q_length)) * P.ratio, first < end);
+  let first_key = max(i32(key), i32(spans_load(2u * b)));
+  let end_key = min(i32(key + count), min(i32(spans_load(2u * b + 1u)), P.key_length));
+  let first = max(first_key - i32(P.offset), 0);
+  let end = min(end_key - 1 + P.window - i32(P.offset), i32(P.q_length));
+  return select(vec2<u32>(0u), vec2<u32>(u32(first), u32(max(end, 0))) * P.ratio, first_key < end_key && first < end);
 }`;
 
 /** True for long heads, whose columns are walked in loops over a private array. */
