@@ -1,5 +1,6 @@
 /** Keys and values of the tokens so far, for generation. */
 import {
+  currentRecorder,
   defineKernel,
   type Device,
   gatherRows,
@@ -48,9 +49,16 @@ export class LayerCache {
     this.v = v;
   }
 
-  /** Writes the keys and values [B, T, G, head_dim] of the next T tokens and gives those of all tokens. */
+  /**
+   * Writes the keys and values [B, T, G, head_dim] of the next T tokens and gives those of all tokens.
+   * @throws LorikeetError when they do not fit, or when a gradient is wanted, which would end here
+   */
   append(k: Tensor, v: Tensor): [Tensor, Tensor] {
     this.checkRoom(k.shape[1]);
+    const recorder = currentRecorder();
+    if (recorder?.tracks(k) === true || recorder?.tracks(v) === true) {
+      throw new LorikeetError('KV cache: no gradient goes through it; it is for generation, outside of valueAndGrad');
+    }
     copyInto(k, this.k, this.length);
     copyInto(v, this.v, this.length);
     return [this.k, this.v];
@@ -105,6 +113,11 @@ export class KvCache {
       ]);
       return keep(pairs);
     }).map(([k, v]) => new LayerCache(k, v));
+  }
+
+  /** Tokens in it, virtual ones included. */
+  get length(): number {
+    return this.layers[0].length;
   }
 
   /** Counts `tokens` as written; the model calls it when every layer has appended them. */

@@ -18,6 +18,7 @@ import {
   scope,
   swiglu,
   type Tensor,
+  widenSpans,
 } from '@lorikeet/tensor';
 import type { KvCache, LayerCache } from './cache.js';
 import type { Attention, Block, Mistral } from './model.js';
@@ -47,7 +48,7 @@ function canFuse(model: Mistral, rows: number): boolean {
 interface Step {
   readonly device: Device;
   readonly dtype: 'f32' | 'f16';
-  /** i32 [B, 2], as in `BlockContext`. */
+  /** i32 [B, 2]: half-open range of real tokens in the cache, virtual ones included. */
   readonly spans: Tensor;
 }
 
@@ -131,12 +132,15 @@ function head(model: Mistral, x: Tensor): Tensor {
  */
 export function decodeLogits(model: Mistral, ids: Tensor, spans: Tensor, cache: KvCache): Tensor {
   const B = ids.shape[0];
-  if (!canFuse(model, B)) {
+  const virtual = model.model.virtual_tokens.count;
+  // Virtual tokens go into the cache with the first tokens, which is not done here.
+  if (!canFuse(model, B) || (virtual > 0 && cache.length === 0)) {
     const h = model.hidden({ ids, spans }, { cache });
     return model.logits(reshape(h, [B, h.columns]));
   }
   return scope(() => {
-    const step: Step = { device: ids.device, dtype: model.dtype, spans };
+    const at = virtual === 0 ? spans : widenSpans(spans, virtual);
+    const step: Step = { device: ids.device, dtype: model.dtype, spans: at };
     let x = model.model.embed_tokens.forward(ids, model.dtype);
     for (const [i, block] of model.model.layers.entries()) {
       const before = x;

@@ -168,7 +168,8 @@ export async function generate(
   // New tokens of a row that are on the device or beyond.
   let launched = 0;
   const pending: Pending[] = [];
-  const cache = new KvCache(device, model.config, rows.length, capacity, model.dtype);
+  const virtual = model.model.virtual_tokens.count;
+  const cache = new KvCache(device, model.config, rows.length, virtual + capacity, model.dtype);
 
   const launch = (): void => {
     state ??= new BatchState(device, model.vocabSize, config, batch, capacity);
@@ -377,10 +378,11 @@ function checkInput(model: Mistral, prompts: readonly (readonly number[])[], opt
 /** Rotary positions have no table that ends, so a long row is no error; what the model makes of it is another matter. */
 function warnOfLength(model: Mistral, rows: readonly Row[], { onWarning }: GenerateOptions): void {
   const limit = model.config.max_position_embeddings;
-  const i = rows.findIndex((row) => row.ids.length + row.limit > limit);
+  const virtual = model.model.virtual_tokens.count;
+  const i = rows.findIndex((row) => virtual + row.ids.length + row.limit > limit);
   if (i < 0) return;
   onWarning?.(
-    `prompt ${i} has ${rows[i].ids.length} tokens and may get ${rows[i].limit} more; the model was made for ` +
+    `prompt ${i} has ${rows[i].ids.length} tokens${virtual === 0 ? '' : ` after ${virtual} virtual ones`} and may get ${rows[i].limit} more; the model was made for ` +
       `${limit} in all (max_position_embeddings), beyond which its text gets worse`,
   );
 }

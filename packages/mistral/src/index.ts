@@ -35,9 +35,19 @@ export * from './config.js';
 export { KvCache, LayerCache } from './cache.js';
 export { type LoadOptions, loadMistral } from './load.js';
 export { isQuantized, type Quantization, quantizationProblem } from './quantization.js';
+export { type RewriteOptions, rewriteMistral, type WeightChange } from './rewrite.js';
 export { type SaveOptions, saveMistral } from './save.js';
 export { type GgufOptions, type GgufReport, writeMistralGguf } from './gguf.js';
 export { ggufHeadRows, ggufModuleName, ggufRows } from './gguf-names.js';
 export { ggufTokenizer, type GgufTokenizerOptions } from './gguf-tokenizer.js';
 export { type Generated, type GenerateOptions, generate } from './generate.js';
-export { Attention, Block, type BlockContext, type HiddenOptions, Mistral, MistralModel, Mlp } from './model.js';
+export {
+  Attention,
+  Block,
+  type BlockContext,
+  type HiddenOptions,
+  Mistral,
+  MistralModel,
+  Mlp,
+  type Prefix,
+} from './model.js';

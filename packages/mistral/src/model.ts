@@ -14,18 +14,41 @@ import {
   type ModelInput,
   Module,
   RMSNorm,
+  VirtualTokens,
   type Weights,
 } from '@lorikeet/nn';
-import { add, attention, cast, reshape, ropeQk, scope, swiglu, type Tensor } from '@lorikeet/tensor';
+import {
+  add,
+  attention,
+  cast,
+  insertRows,
+  removeRows,
+  reshape,
+  ropeQk,
+  scope,
+  swiglu,
+  type Tensor,
+  widenSpans,
+} from '@lorikeet/tensor';
 import type { KvCache, LayerCache } from './cache.js';
 import type { MistralConfig } from './config.js';
 
-/** What every block of one forward pass shares. */
+/** Keys and values that stand before those of the tokens. */
+export interface Prefix {
+  /** [n, 2 L K], see `VirtualTokens.keysAndValues`. */
+  readonly keysAndValues: Tensor;
+  /** Whose they are, of the L layers. */
+  readonly layer: number;
+}
+
+/** What a block gets besides its input. */
 export interface BlockContext {
-  /** i32 [B, 2]: half-open range of real tokens. */
+  /** i32 [B, 2]: half-open range of real tokens, a prefix not among them. */
   readonly spans: Tensor;
-  /** Keys and values of earlier tokens, in generation. */
+  /** Keys and values of earlier tokens, in generation; of a prefix, too, from its first call on. */
   readonly cache?: LayerCache | undefined;
+  /** A prefix that is not in a cache yet. */
+  readonly prefix?: Prefix | undefined;
   /** Attention and MLP save their inputs alone and run again in backward. */
   readonly checkpointing?: boolean;
 }
@@ -52,21 +75,34 @@ export class Attention extends Module {
   }
 
   /** x: [B, T, D] -> [B, T, D] */
-  forward(x: Tensor, { spans, cache }: BlockContext): Tensor {
+  forward(x: Tensor, { spans, cache, prefix }: BlockContext): Tensor {
     const { num_attention_heads: H, num_key_value_heads: G, head_dim, rope_theta, sliding_window } = this.#config;
     const [B, T] = x.shape;
-    const past = cache?.length ?? 0;
+    const virtual = prefix?.keysAndValues.shape[0] ?? 0;
+    const past = (cache?.length ?? 0) + virtual;
     const heads = (layer: Layer, n: number): Tensor => reshape(layer.forward(x), [B, T, n, head_dim]);
     const rotary = { theta: rope_theta, positionOffset: past };
     const [q, keys] = ropeQk(heads(this.q_proj, H), heads(this.k_proj, G), spans, rotary);
     const values = heads(this.v_proj, G);
-    const [k, v] = cache === undefined ? [keys, values] : cache.append(keys, values);
-    const y = attention(q, k, v, spans, {
+    const all = prefix === undefined ? ([keys, values] as const) : this.#withPrefix(keys, values, spans, prefix);
+    const [k, v] = cache === undefined ? all : cache.append(...all);
+    const y = attention(q, k, v, virtual === 0 ? spans : widenSpans(spans, virtual), {
       queryOffset: past,
       keyLength: past + T,
       ...(sliding_window === null ? {} : { window: sliding_window }),
     });
     return this.o_proj.forward(reshape(y, [B, T, H * head_dim]));
+  }
+
+  /** keys, values: [B, T, G, head_dim] -> [B, n + T, G, head_dim], those of the prefix before the first real token. */
+  #withPrefix(keys: Tensor, values: Tensor, spans: Tensor, { keysAndValues, layer }: Prefix): [Tensor, Tensor] {
+    const [B, T, G, head_dim] = keys.shape;
+    const [k, v] = [keys, values].map((x, i) => {
+      const column = (2 * layer + i) * G * head_dim;
+      const rows = insertRows(reshape(x, [B, T, G * head_dim]), spans, keysAndValues, { column });
+      return reshape(rows, [B, rows.shape[1], G, head_dim]);
+    });
+    return [k, v];
   }
 }
 
@@ -111,19 +147,23 @@ export class Block extends Module {
   }
 
   /** x: [B, T, D] -> [B, T, D] */
-  forward(x: Tensor, { spans, cache, checkpointing = false }: BlockContext): Tensor {
+  forward(x: Tensor, { spans, cache, prefix, checkpointing = false }: BlockContext): Tensor {
     return scope(() => {
-      const first = (x: Tensor, at: Tensor): [x: Tensor, delta: Tensor] => {
+      const first = (x: Tensor, at: Tensor, before = prefix): [x: Tensor, delta: Tensor] => {
         const [same, norm] = this.input_layernorm.fork(x);
-        return [same, this.attention_adapters.forward(this.self_attn.forward(norm, { spans: at, cache }), same)];
+        const h = this.self_attn.forward(norm, { spans: at, cache, prefix: before });
+        return [same, this.attention_adapters.forward(h, same)];
       };
       const second = ([h, norm]: readonly [Tensor, Tensor]): Tensor =>
         add(h, this.output_adapters.forward(this.mlp.forward(norm), h));
       if (checkpointing) {
         // Two halves: with the inputs of both kept, neither o_proj's nor down_proj's product runs again, 34 % of the
-        // block's. spans goes in as an input: backward runs the half again when the forward pass's tensors are gone.
-        // The sum between them is made with the norm after it, as it runs again anyhow.
-        const [same, delta] = checkpoint((x, at) => first(x, at), x, spans);
+        // block's. spans and prefix go in as inputs: backward runs the half again when the forward pass's tensors are
+        // gone. The sum between them is made with the norm after it, as it runs again anyhow.
+        const [same, delta] =
+          prefix === undefined
+            ? checkpoint((x, at) => first(x, at), x, spans)
+            : checkpoint((x, at, kv) => first(x, at, { ...prefix, keysAndValues: kv }), x, spans, prefix.keysAndValues);
         return checkpoint((x, delta) => [second(this.post_attention_layernorm.add(x, delta))], same, delta)[0];
       }
       // Here the sum is kept and the norm made from it again, so each has a kernel.
@@ -136,12 +176,14 @@ export class Block extends Module {
 /** The decoder without its head. */
 export class MistralModel extends Module {
   embed_tokens: Embedding;
+  virtual_tokens: VirtualTokens;
   layers: Block[];
   norm: RMSNorm;
 
-  constructor(embed_tokens: Embedding, layers: Block[], norm: RMSNorm) {
+  constructor(embed_tokens: Embedding, virtual_tokens: VirtualTokens, layers: Block[], norm: RMSNorm) {
     super();
     this.embed_tokens = embed_tokens;
+    this.virtual_tokens = virtual_tokens;
     this.layers = layers;
     this.norm = norm;
   }
@@ -211,7 +253,14 @@ export class Mistral extends Module implements CausalLM {
     }
     const norm = await normAt('model.norm');
     const head = config.tie_word_embeddings ? undefined : await linearAt('lm_head', V, D);
-    return new Mistral(config, new MistralModel(embed, layers, norm), head, options.dtype ?? 'f32');
+    const virtual = new VirtualTokens({
+      hidden: D,
+      layers: layers.length,
+      heads: num_attention_heads,
+      keyValueHeads: num_key_value_heads,
+      headColumns: head_dim,
+    });
+    return new Mistral(config, new MistralModel(embed, virtual, layers, norm), head, options.dtype ?? 'f32');
   }
 
   get vocabSize(): number {
@@ -224,17 +273,31 @@ export class Mistral extends Module implements CausalLM {
     return head.constructor === Linear || head.constructor === Embedding ? head.weight : undefined;
   }
 
-  /** [B, T] -> final normalised hidden states [B, T, D] */
+  /**
+   * [B, T] -> final normalised hidden states [B, T, D], those of virtual tokens left out. The first call with a cache writes
+   * these into it, so it needs room for `model.virtual_tokens.count` more.
+   */
   hidden({ ids, spans }: ModelInput, { checkpointing = false, cache }: HiddenOptions = {}): Tensor {
-    let x = this.model.embed_tokens.forward(ids, this.dtype);
-    for (const [i, block] of this.model.layers.entries()) {
-      const next = block.forward(x, { spans, cache: cache?.layers[i], checkpointing });
-      // Only the tape, if any, still needs the block's input.
+    const { embed_tokens, virtual_tokens: virtual, layers, norm } = this.model;
+    const begins = cache === undefined || cache.length === 0;
+    const prompt = begins ? virtual.embeddings() : undefined;
+    const keysAndValues = begins ? virtual.keysAndValues() : undefined;
+    // What is in the cache already, or goes through the blocks, is as real as the tokens.
+    const at = virtual.count === 0 || keysAndValues !== undefined ? spans : widenSpans(spans, virtual.count);
+    let x = embed_tokens.forward(ids, this.dtype);
+    const goOn = (next: Tensor): void => {
+      // Only the tape, if any, still needs what came before.
       x.dispose();
       x = next;
+    };
+    if (prompt !== undefined) goOn(insertRows(x, spans, prompt));
+    for (const [i, block] of layers.entries()) {
+      const prefix = keysAndValues === undefined ? undefined : { keysAndValues, layer: i };
+      goOn(block.forward(x, { spans: at, cache: cache?.layers[i], prefix, checkpointing }));
     }
-    cache?.advance(ids.shape[1]);
-    return this.model.norm.forward(x);
+    cache?.advance(x.shape[1] + (keysAndValues === undefined ? 0 : virtual.count));
+    if (prompt !== undefined) goOn(removeRows(x, spans, virtual.count));
+    return norm.forward(x);
   }
 
   /** h: [N, D] -> logits f32 [N, V] */

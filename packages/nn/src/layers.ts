@@ -77,3 +77,47 @@ export class Join extends Module {
     return h;
   }
 }
+
+/** The sizes of a decoder that virtual tokens must fit. */
+export interface VirtualTokenSizes {
+  /** Width D of the embeddings. */
+  readonly hidden: number;
+  readonly layers: number;
+  /** Query heads. */
+  readonly heads: number;
+  readonly keyValueHeads: number;
+  /** Columns of a head. */
+  readonly headColumns: number;
+}
+
+/**
+ * What stands before the tokens of every row: n virtual tokens, as embeddings that go through the decoder with the others, or
+ * as keys and values of every layer. This one puts nothing there; prompt and prefix tuning take its place. Real tokens begin
+ * at position n; to a sliding window the virtual ones are past tokens like others, which fall out of it in time.
+ */
+export class VirtualTokens extends Module {
+  readonly sizes: VirtualTokenSizes;
+
+  constructor(sizes: VirtualTokenSizes) {
+    super();
+    this.sizes = sizes;
+  }
+
+  /** Their number n. */
+  get count(): number {
+    return 0;
+  }
+
+  /** Embeddings [n, D], where that is what they are. */
+  embeddings(): Tensor | undefined {
+    return undefined;
+  }
+
+  /**
+   * Keys and values [n, 2 L K], K being `keyValueHeads * headColumns`, where that is what they are: those of layer l begin at
+   * columns 2 l K and (2 l + 1) K. Keys are taken as they are, whatever their position.
+   */
+  keysAndValues(): Tensor | undefined {
+    return undefined;
+  }
+}
