@@ -329,17 +329,19 @@ function readTokenIndices(fields: JsonFields): LoraConfig['trainable_token_indic
   });
 }
 
-/** Keys that only some methods have in their files: they are left out where null, unless the method is LoRA. */
+/** Keys that only LoRA has in all its files. */
 const loraOnlyKeys: readonly string[] = ['layers_pattern', 'layers_to_transform', 'trainable_token_indices'];
 
 /**
  * The text of an `adapter_config.json` as PEFT writes it: sorted keys, `inference_mode` true, no newline at the end.
+ * @param optional keys that are left out where null; default those that LoRA alone has, unless the method is LoRA
  */
-export function serializeAdapterConfig(config: PeftFileConfig): string {
+export function serializeAdapterConfig(
+  config: PeftFileConfig,
+  optional: readonly string[] = isLoraConfig(config) ? [] : loraOnlyKeys,
+): string {
   const { extra, ...known } = config;
-  const own = Object.entries(known).filter(
-    ([key, value]) => isLoraConfig(config) || value !== null || !loraOnlyKeys.includes(key),
-  );
+  const own = Object.entries(known).filter(([key, value]) => value !== null || !optional.includes(key));
   return formatJson({ ...extra, ...Object.fromEntries(own), inference_mode: true }, ['lora_dropout']);
 }
 

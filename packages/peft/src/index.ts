@@ -11,6 +11,25 @@ export { DoraLinear } from './methods/dora.js';
 export { ia3, type Ia3Config, ia3Config, Ia3Linear, type Ia3Options } from './methods/ia3.js';
 export { lnTuning, type LnTuningConfig, lnTuningConfig, type LnTuningOptions } from './methods/ln-tuning.js';
 export {
+  prefixTuning,
+  type PrefixProjection,
+  PrefixTokens,
+  type PrefixTuningConfig,
+  prefixTuningConfig,
+  type PrefixTuningInit,
+  type PrefixTuningOptions,
+  ProjectedPrefixTokens,
+} from './methods/prefix-tuning.js';
+export {
+  PromptTokens,
+  promptTuning,
+  type PromptTuningConfig,
+  promptTuningConfig,
+  type PromptTuningInit,
+  type PromptTuningOptions,
+} from './methods/prompt-tuning.js';
+export { TrainedTokens, type VirtualTokensConfig } from './virtual-tokens.js';
+export {
   bottleneck,
   type BottleneckActivation,
   BottleneckAdapter,

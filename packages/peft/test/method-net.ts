@@ -55,29 +55,40 @@ function storedAt(object: JsonObject, key: string): Stored {
 const storedIn = (object: JsonObject): Map<string, Stored> =>
   new Map(Object.keys(object).map((key) => [key, storedAt(object, key)]));
 
-const file = parseJsonObject(readFileSync(new URL('./fixtures/methods.json', import.meta.url), 'utf8'), 'methods.json');
-const base = storedIn(objectAt(file, 'base'));
-const ids = numbersAt(file, 'ids');
-const labels = numbersAt(file, 'labels');
+/** What `make.py` wrote about a net. */
+export class FixtureFile {
+  readonly object: JsonObject;
+  readonly base: ReadonlyMap<string, Stored>;
+  readonly labels: readonly number[];
+  /** Logits of the base. */
+  readonly baseLogits: readonly number[];
 
-/** Logits of the base. */
-export const baseLogits: readonly number[] = numbersAt(file, 'base_logits');
+  constructor(name: string) {
+    this.object = parseJsonObject(readFileSync(new URL(`./fixtures/${name}`, import.meta.url), 'utf8'), name);
+    this.base = storedIn(objectAt(this.object, 'base'));
+    this.labels = numbersAt(this.object, 'labels');
+    this.baseLogits = numbersAt(this.object, 'base_logits');
+  }
+
+  method(name: string): MethodFixture {
+    const method = objectAt(objectAt(this.object, 'methods'), name);
+    const gradients = objectAt(method, 'gradients');
+    return {
+      start: storedIn(objectAt(method, 'start')),
+      losses: numbersAt(method, 'losses'),
+      gradients: new Map(Object.keys(gradients).map((key) => [key, numbersAt(gradients, key)])),
+      logits: numbersAt(method, 'logits'),
+    };
+  }
+}
+
+/** The fixtures of the methods that change weights, over `MethodNet`. */
+export const methodFile = new FixtureFile('methods.json');
+const ids = numbersAt(methodFile.object, 'ids');
 
 /** What `make.py` says of the starts of LoRA that look at the weight. */
-export const initialisations: JsonObject = objectAt(file, 'initialisations');
+export const initialisations: JsonObject = objectAt(methodFile.object, 'initialisations');
 export { numbersAt, storedAt };
-
-/** The fixture of a method. */
-export function methodFixture(name: string): MethodFixture {
-  const method = objectAt(objectAt(file, 'methods'), name);
-  const gradients = objectAt(method, 'gradients');
-  return {
-    start: storedIn(objectAt(method, 'start')),
-    losses: numbersAt(method, 'losses'),
-    gradients: new Map(Object.keys(gradients).map((key) => [key, numbersAt(gradients, key)])),
-    logits: numbersAt(method, 'logits'),
-  };
-}
 
 /** How the matrices of the blocks are stored; activations are f16 in the f16 net alone. */
 export type Storage = 'f32' | 'f16' | 'nf4' | 'restored';
@@ -101,51 +112,52 @@ class Block extends Module {
   }
 }
 
-export class MethodNet extends Module {
-  embed_tokens: Embedding;
-  layers: Block[];
-  norm: RMSNorm;
-  lm_head: Layer;
-  readonly #dtype: 'f32' | 'f16';
+/** Makes the layers of a net of the fixtures. `restored` has the numbers of `nf4` in f32. */
+export class FixtureLayers {
+  readonly dtype: 'f32' | 'f16';
+  readonly #device: Device;
+  readonly #file: FixtureFile;
+  readonly #storage: Storage;
 
-  /** @param storage `restored` has the numbers of `nf4` in f32 */
-  constructor(device: Device, storage: Storage = 'f32') {
-    super();
-    this.#dtype = storage === 'f16' ? 'f16' : 'f32';
-    const weight = (name: string): Tensor => {
-      const { shape, data } = base.get(`${name}.weight`) ?? { shape: [], data: [] };
-      return keep(device.fromArray(data, shape, this.#dtype));
-    };
-    const linear = (name: string): Linear => {
-      const plain = weight(name);
-      if (storage !== 'nf4' && storage !== 'restored') return new Linear(plain);
-      const quantized = scope(() => keep(quantize(plain, 'nf4')));
-      plain.dispose();
-      if (storage === 'nf4') return new Linear(quantized);
-      const restored = scope(() => keep(dequantize(quantized)));
-      quantized.dispose();
-      return new Linear(restored);
-    };
-    const norm = (name: string): RMSNorm => new RMSNorm(weight(name), 1e-5);
-    this.embed_tokens = new Embedding(weight('embed_tokens'));
-    this.layers = [0, 1].map(
-      (i) => new Block(norm(`layers.${i}.norm`), linear(`layers.${i}.up_proj`), linear(`layers.${i}.down_proj`)),
-    );
-    this.norm = norm('norm');
-    this.lm_head = new Linear(weight('lm_head'));
+  constructor(device: Device, file: FixtureFile, storage: Storage) {
+    this.#device = device;
+    this.#file = file;
+    this.#storage = storage;
+    this.dtype = storage === 'f16' ? 'f16' : 'f32';
   }
+
+  weight(name: string): Tensor {
+    const { shape, data } = this.#file.base.get(`${name}.weight`) ?? { shape: [], data: [] };
+    return keep(this.#device.fromArray(data, shape, this.dtype));
+  }
+
+  linear(name: string): Linear {
+    const plain = this.weight(name);
+    if (this.#storage !== 'nf4' && this.#storage !== 'restored') return new Linear(plain);
+    const quantized = scope(() => keep(quantize(plain, 'nf4')));
+    plain.dispose();
+    if (this.#storage === 'nf4') return new Linear(quantized);
+    const restored = scope(() => keep(dequantize(quantized)));
+    quantized.dispose();
+    return new Linear(restored);
+  }
+
+  norm(name: string): RMSNorm {
+    return new RMSNorm(this.weight(name), 1e-5);
+  }
+}
+
+/** A net of the fixtures. */
+export abstract class FixtureNet extends Module {
+  abstract embed_tokens: Embedding;
+  abstract readonly labels: readonly number[];
 
   /** [N, V] */
-  logits(): Tensor {
-    const { device } = this.embed_tokens.weight;
-    let x = this.embed_tokens.forward(device.fromArray(ids, [ids.length], 'i32'), this.#dtype);
-    for (const block of this.layers) x = block.forward(x);
-    return this.lm_head.forward(this.norm.forward(x));
-  }
+  abstract logits(): Tensor;
 
   loss(): Tensor {
-    const { device } = this.embed_tokens.weight;
-    const targets = device.fromArray(labels, [labels.length], 'i32');
+    const { labels } = this;
+    const targets = this.embed_tokens.weight.device.fromArray(labels, [labels.length], 'i32');
     return crossEntropy(this.logits(), targets, { scale: 1 / labels.length }).loss;
   }
 
@@ -157,9 +169,45 @@ export class MethodNet extends Module {
   }
 }
 
+export class MethodNet extends FixtureNet {
+  embed_tokens: Embedding;
+  layers: Block[];
+  norm: RMSNorm;
+  lm_head: Layer;
+  readonly #dtype: 'f32' | 'f16';
+
+  constructor(device: Device, storage: Storage = 'f32') {
+    super();
+    const make = new FixtureLayers(device, methodFile, storage);
+    this.#dtype = make.dtype;
+    this.embed_tokens = new Embedding(make.weight('embed_tokens'));
+    this.layers = [0, 1].map(
+      (i) =>
+        new Block(
+          make.norm(`layers.${i}.norm`),
+          make.linear(`layers.${i}.up_proj`),
+          make.linear(`layers.${i}.down_proj`),
+        ),
+    );
+    this.norm = make.norm('norm');
+    this.lm_head = new Linear(make.weight('lm_head'));
+  }
+
+  get labels(): readonly number[] {
+    return methodFile.labels;
+  }
+
+  override logits(): Tensor {
+    const { device } = this.embed_tokens.weight;
+    let x = this.embed_tokens.forward(device.fromArray(ids, [ids.length], 'i32'), this.#dtype);
+    for (const block of this.layers) x = block.forward(x);
+    return this.lm_head.forward(this.norm.forward(x));
+  }
+}
+
 /** Loss and gradients by parameter name. */
 export async function gradientsOf(
-  net: MethodNet,
+  net: FixtureNet,
   parameters: readonly (readonly [string, Tensor])[],
 ): Promise<{ loss: number; gradients: Map<string, Float64Array> }> {
   const [value, ...grads] = scope(() => {
@@ -178,7 +226,7 @@ export async function gradientsOf(
 
 /** Ten steps of AdamW with the settings of make.py, its arithmetic in doubles on the host. */
 export async function tenSteps(
-  net: MethodNet,
+  net: FixtureNet,
   adapter: Adapter,
 ): Promise<{ losses: number[]; gradients: ReadonlyMap<string, Float64Array> }> {
   const parameters = [...adapter.parameters()];
