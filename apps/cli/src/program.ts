@@ -2,13 +2,15 @@
  * The command line itself: commands, flags, help, and how errors and interruptions end a run. Each command is one file
  * of commands/, loaded only when it is called.
  */
-import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
+import { Command, CommanderError, Option } from 'commander';
 import pc from 'picocolors';
 import { z } from 'zod';
 import { configKeys } from './config-schema.js';
-import type { CommandContext } from './context.js';
+import type { CommandContext, Runner } from './context.js';
 import { CliError, EXIT, InterruptedError, ReportedError } from './errors.js';
+import { byteCount, collect, integer, list, number } from './flag-values.js';
 import { type SignalSource, watchInterrupt } from './interrupt.js';
+import { addAdapterCommands } from './program-adapter.js';
 import { colorsWanted, formatTable, type Io, Ui } from './ui.js';
 import { version } from './version.js';
 
@@ -82,54 +84,6 @@ function reportError(error: unknown, ui: Ui, io: Io, debug: boolean): void {
   ui.data({ error: { message, ...(where === undefined ? {} : { where }), ...(fix === undefined ? {} : { fix }) } });
 }
 
-type Runner = (command: Command, action: (context: CommandContext) => Promise<void>) => Promise<void>;
-
-function integer(least: number): (text: string) => number {
-  return (text) => {
-    const value = Number(text);
-    if (!/^-?\d+$/.test(text) || !Number.isSafeInteger(value) || value < least) {
-      throw new InvalidArgumentError(`It must be a whole number, ${least} or more.`);
-    }
-    return value;
-  };
-}
-
-function number(least: number, most = Number.POSITIVE_INFINITY): (text: string) => number {
-  return (text) => {
-    const value = Number(text);
-    if (text.trim() === '' || !Number.isFinite(value) || value < least || value > most) {
-      throw new InvalidArgumentError(
-        most === Number.POSITIVE_INFINITY
-          ? `It must be a number, ${least} or more.`
-          : `It must be a number from ${least} to ${most}.`,
-      );
-    }
-    return value;
-  };
-}
-
-/** Bytes as people write them; without a unit they are GB, as in `memory_limit_gb`. */
-function byteCount(text: string): number {
-  const [, value = '', unit = 'gb'] = /^\s*([\d.]+)\s*([kmgt]i?b)?\s*$/i.exec(text) ?? [];
-  const bytes = Number(value) * (unit.length === 3 ? 1024 : 1000) ** ('kmgt'.indexOf(unit[0].toLowerCase()) + 1);
-  if (value === '' || !Number.isFinite(bytes) || bytes <= 0) {
-    throw new InvalidArgumentError('It must be a number of bytes with a unit, such as 8GB or 7.5GiB.');
-  }
-  return bytes;
-}
-
-function list(text: string): string[] {
-  const items = text.split(',').map((item) => item.trim());
-  if (items.some((item) => item === ''))
-    throw new InvalidArgumentError('It must be a list with commas and without empty items.');
-  if (new Set(items).size !== items.length) throw new InvalidArgumentError('An item stands there twice.');
-  return items;
-}
-
-function collect(text: string, before: string[] | undefined): string[] {
-  return [...(before ?? []), text];
-}
-
 const dtypeOption = (): Option =>
   new Option(
     '--dtype <type>',
@@ -169,6 +123,7 @@ Examples:
   lorikeet generate --model ./model --adapter ./out --prompt "Answer: "
   lorikeet merge --model ./model --adapter ./out --output ./merged --verify
   lorikeet export --model ./model --adapter ./out --to gguf --output model.gguf
+  lorikeet adapter truncate ./out --rank 4 --output ./out-r4
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
     );
@@ -255,6 +210,7 @@ lorikeet eval --model ./model --adapter ./out --data test.jsonl --json`,
       list,
     )
     .option('--output <folder>', 'write eval_results.json and predictions.jsonl here (default: nothing is written)')
+    .option('--token-losses <rows>', 'rows whose losses token by token are written too', integer(0), 8)
     .option('--batch-size <rows>', 'rows at a time', integer(1), 8)
     .option('--max-new-tokens <n>', 'longest free answer in tokens', integer(1), 16)
     .option('--limit <rows>', 'use the first rows alone', integer(1))
@@ -301,11 +257,21 @@ lorikeet generate --model ./model --adapter ./out --prompt "Answer: " --temperat
     program,
     'merge',
     'Adds an adapter into its base model and writes a model in Hugging Face layout.',
-    'lorikeet merge --model ./model --adapter ./out --output ./merged --verify',
+    `lorikeet merge --model ./model --adapter ./out --output ./merged --verify
+lorikeet merge --model ./model --adapter ./out --output ./merged --verify-prompts test.jsonl
+lorikeet merge --model ./model --adapter ./out --output ./merged --save-in-4bit`,
   )
     .requiredOption('--adapter <folder or id>', 'adapter to add')
     .requiredOption('--output <folder>', 'folder of the merged model; must be new or empty')
-    .option('--verify', 'compare the merged model with base and adapter: largest difference of logits, changed answers')
+    .option(
+      '--verify',
+      'compare the merged model with base and adapter, each held whole: largest difference of logits, changed answers',
+    )
+    .option('--verify-prompts <file>', 'compare on the rows of this data file, and their labels where they have some')
+    .option('--labels <a,b,c>', 'labels to compare; without them the answers in the data', list)
+    .option('--load-in-4bit', 'merge into what 4 bits hold of the base (default: as the adapter was trained)')
+    .option('--no-load-in-4bit', 'merge into the weights of the base as they are stored')
+    .option('--save-in-4bit', 'store the linear layers of the merged model in 4 bits, as bitsandbytes does')
     .option('--max-shard-size <GB>', 'largest file in GB', number(0.001), 5)
     .addOption(dtypeOption())
     .action(async (_options: unknown, command: Command) => {
@@ -335,6 +301,11 @@ lorikeet export --model ./model --adapter ./out --to mlx --output ./mlx-adapter`
         'storage of the weights in GGUF (default: f16 of a model, f32 of an adapter)',
       ).choices(['f16', 'q8_0', 'q4_0', 'f32']),
     )
+    .option(
+      '--load-in-4bit',
+      'with --to gguf: merge into what 4 bits hold of the base (default: as the adapter was trained)',
+    )
+    .option('--no-load-in-4bit', 'with --to gguf: merge into the weights of the base as they are stored')
     .option('--pre-tokenizer <name>', 'llama.cpp’s name of a byte-level pre-tokenizer that is not known here')
     .action(async (_options: unknown, command: Command) => {
       await run(command, async (context) => {
@@ -454,27 +425,26 @@ lorikeet dashboard ./out --port 8080`,
     program,
     'inspect',
     'Shows what is in a model, an adapter or a safetensors file; with a second path, how the two differ.',
-    `lorikeet inspect ./out                   tensors, ranks, norms, checksums
+    `lorikeet inspect ./out                   tensors, ranks, norms, spectrum, checksums
 lorikeet inspect ./out ./out2            how two adapters differ
+lorikeet inspect ./dora --model ./model  what a DoRA adapter adds to its base
 lorikeet inspect model.safetensors --tensors`,
   )
     .argument('<path>', 'folder or .safetensors file')
     .argument('[path2]', 'what to compare it with')
     .option('--tensors', 'list every tensor')
     .option('--no-hash', 'leave the checksums out, which read every byte')
-    .action(
-      async (
-        first: string,
-        second: string | undefined,
-        options: { tensors?: boolean; hash: boolean },
-        command: Command,
-      ) => {
-        await run(command, async (context) => {
-          const { runInspect } = await import('./commands/inspect.js');
-          await runInspect(context, first, second, options);
-        });
-      },
-    );
+    .option('--model <folder or id>', 'base of a DoRA adapter, on whose weights its update depends')
+    .option('--revision <name>', 'branch, tag or commit of the model on the hub')
+    .option('--cache-dir <folder>', 'where downloads are kept (default: HF_HOME)')
+    .option('--offline', 'use what is in the cache and ask no server')
+    .action(async (first: string, second: string | undefined, _options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runInspect } = await import('./commands/inspect.js');
+        await runInspect(context, first, second, command.opts());
+      });
+    });
+  addAdapterCommands(program, add, run);
 
   return program;
 }

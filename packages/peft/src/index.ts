@@ -40,6 +40,7 @@ export {
   type BottleneckSettings,
 } from './methods/bottleneck.js';
 export {
+  frobenius,
   type HostFactors,
   type HostMatrix,
   hostMatrix,
@@ -57,7 +58,7 @@ export {
 export { doraScale, doraScaleOp } from './dora-scale.js';
 export { SavedEmbedding, SavedLinear, SavedNorm } from './saved-module.js';
 export { changeNorm, MergedWeight, storedLike, wideCopy } from './merged-weight.js';
-export { openWeightMerge, type WeightMerge } from './merge-weights.js';
+export { openWeightMerge, type WeightMerge, type WeightMergeOptions } from './merge-weights.js';
 export { tokenIndices, TokenEmbedding, TokenLinear, TokenRows } from './token-rows.js';
 export {
   type LocatedUpdate,

@@ -41,6 +41,13 @@ export function transposed({ rows, columns, data }: HostMatrix): HostMatrix {
   return out;
 }
 
+/** The Frobenius norm of a matrix's values, however many. */
+export function frobenius(values: ArrayLike<number>): number {
+  let sum = 0;
+  for (let i = 0; i < values.length; i++) sum += values[i] * values[i];
+  return Math.sqrt(sum);
+}
+
 /** a b */
 export function product(a: HostMatrix, b: HostMatrix): HostMatrix {
   const out = hostMatrix(a.rows, b.columns);

@@ -96,11 +96,15 @@ describe('inspect', () => {
         norm_A: Math.SQRT2,
         norm_B: 5,
         norm_delta: 10,
-        spectrum: [8, 6],
+        spectrum: [expect.closeTo(8, 12), expect.closeTo(6, 12)],
+        spectrum_of: 'lora_update',
+        // p = 4/7 and 3/7: exp of their entropy; 100 / 64.
+        effective_rank: expect.closeTo(7 / (4 ** (4 / 7) * 3 ** (3 / 7)), 12),
+        stable_rank: expect.closeTo(1.5625, 12),
       },
     ]);
     const { out } = await run(path);
-    expect(out).toMatch(/q_proj +1 +2 +4 +2 +1\.41 +5 +10 +10 +1\.56/);
+    expect(out).toMatch(/q_proj +1 +2 +4 +2 +1\.41 +5 +10 +10 +1\.98 +1\.56/);
     expect(out).toContain('model.layers.*.self_attn.q_proj.lora_A.weight');
     expect((await run(path, '--tensors')).out).toContain(`${keyA}  F32   [2, 4]`);
     expect((await reportOf(path)).parameters).toBe(14);
@@ -186,7 +190,9 @@ describe('inspect', () => {
     const path = await adapter('rank', factors);
     const config: object = JSON.parse(await readFile(join(path, 'adapter_config.json'), 'utf8'));
     await writeFile(join(path, 'adapter_config.json'), JSON.stringify({ ...config, r: 8 }));
-    expect((await reportOf(path)).adapter?.problem).toContain('the file holds rank 2, adapter_config.json says 8');
+    expect((await reportOf(path)).adapter?.problem).toContain(
+      'lora_A is [2, 4], lora_B is [3, 2], but its rank is 8 by the configuration',
+    );
   });
 
   it.each([

@@ -3,20 +3,30 @@ import { createHash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
 import { readFile, stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
-import { type LoraConfig, matchTargets, parseAdapterConfig, parseAdapterKey } from '@lorikeet/peft';
-import { decodeFloats, safetensorsElementBytes, type TensorFile, type TensorInfo } from '@lorikeet/tensor';
+import { parseAdapterConfig, tensorDistance } from '@lorikeet/peft';
+import type { TensorInfo } from '@lorikeet/tensor';
 import { openCheckpointFolder, openSafetensorsFile } from '@lorikeet/tensor/node';
 import type { CommandContext } from '../context.js';
-import { CliError, errorMessage, fileError, UsageError } from '../errors.js';
-import { frobenius, type LowRank, lowRankDifference, singularValues } from '../low-rank.js';
+import { errorMessage, fileError, UsageError } from '../errors.js';
+import { type HubFlags, openCommandDevice, readModelFiles } from '../session.js';
 import { formatBytes, formatCount, formatNumber, printable } from '../text.js';
+import {
+  type AdapterReport,
+  adapterReport,
+  type BaseWeights,
+  compareUpdates,
+  type OpenedAdapter,
+  showAdapter,
+} from './inspect-adapter.js';
 
 /** Options of the command. */
-export interface InspectOptions {
+export interface InspectOptions extends HubFlags {
   /** List every tensor; otherwise layers are counted together. */
   readonly tensors?: boolean;
   /** Skip the checksums, which read every byte. */
   readonly hash: boolean;
+  /** The base of a DoRA adapter, whose updates depend on it. */
+  readonly model?: string;
 }
 
 /** A file with its checksum. */
@@ -24,32 +34,6 @@ export interface FileReport {
   readonly name: string;
   readonly bytes: number;
   readonly sha256?: string;
-}
-
-/** One adapted module. */
-export interface ModuleReport {
-  readonly path: string;
-  readonly r: number;
-  readonly alpha: number;
-  readonly scaling: number;
-  readonly shape: readonly [outputs: number, inputs: number];
-  readonly norm_A: number;
-  readonly norm_B: number;
-  /** Frobenius norm of scaling B A. */
-  readonly norm_delta: number;
-  /** Singular values of scaling B A, largest first. */
-  readonly spectrum: readonly number[];
-}
-
-/** What is said of an adapter beyond its tensors. */
-export interface AdapterReport {
-  readonly base_model_name_or_path: string | null;
-  readonly trainable_parameters: number;
-  readonly modules: readonly ModuleReport[];
-  /** Tensors that are not LoRA factors: saved rows, whole modules. */
-  readonly other: readonly string[];
-  /** Why the modules could not be read, when they could not. */
-  readonly problem?: string;
 }
 
 /** What `inspect --json` prints for one path. */
@@ -86,14 +70,11 @@ export interface DifferenceReport {
   readonly updates?: readonly { readonly path: string; readonly relative: number }[];
 }
 
-interface Opened {
+interface Opened extends OpenedAdapter {
   readonly path: string;
   readonly kind: InspectReport['kind'];
-  readonly file: TensorFile;
   /** Folder or file in which the tensor files lie. */
   readonly root: string;
-  readonly config: LoraConfig | undefined;
-  readonly problem: string | undefined;
 }
 
 /** Runs the command. */
@@ -105,11 +86,15 @@ export async function runInspect(
 ): Promise<void> {
   const { ui } = context;
   const opened = await open(first);
-  let other: Opened | undefined;
+  let [other, base]: [Opened | undefined, BaseWeights | undefined] = [undefined, undefined];
   try {
     other = second === undefined ? undefined : await open(second);
-    const reports = [await report(context, opened, options)];
-    if (other !== undefined) reports.push(await report(context, other, options));
+    const all = other === undefined ? [opened] : [opened, other];
+    if (options.model !== undefined && all.some(({ config }) => config?.use_dora === true)) {
+      base = await openBase(context, options.model, options);
+    }
+    const reports: InspectReport[] = [];
+    for (const one of all) reports.push(await report(context, one, options, base));
     const difference = other === undefined ? undefined : await compare(context, opened, other, reports);
     if (ui.json) ui.data(difference === undefined ? reports[0] : { first: reports[0], second: reports[1], difference });
     else {
@@ -119,6 +104,19 @@ export async function runInspect(
   } finally {
     await opened.file.close();
     await other?.file.close();
+    await base?.file.close();
+    base?.device.destroy();
+  }
+}
+
+async function openBase(context: CommandContext, model: string, flags: HubFlags): Promise<BaseWeights> {
+  const { folder } = await readModelFiles(context, model, flags);
+  const file = await openCheckpointFolder(folder);
+  try {
+    return { file, device: await openCommandDevice() };
+  } catch (error) {
+    await file.close();
+    throw error;
   }
 }
 
@@ -162,7 +160,12 @@ async function open(path: string): Promise<Opened> {
   }
 }
 
-async function report(context: CommandContext, opened: Opened, options: InspectOptions): Promise<InspectReport> {
+async function report(
+  context: CommandContext,
+  opened: Opened,
+  options: InspectOptions,
+  base: BaseWeights | undefined,
+): Promise<InspectReport> {
   const { file } = opened;
   const tensors = [...file.tensors.values()];
   const names = [...new Set(tensors.map((tensor) => tensor.file))].map((name) => basename(name));
@@ -177,7 +180,7 @@ async function report(context: CommandContext, opened: Opened, options: InspectO
     parameters: tensors.reduce((sum, { shape }) => sum + elements(shape), 0),
     bytes: tensors.reduce((sum, { byteLength }) => sum + byteLength, 0),
     tensors: tensors.map(({ name, dtype, shape, byteLength }) => ({ name, dtype, shape, byteLength })),
-    ...(kind === 'adapter' ? { adapter: await adapterReport(opened) } : {}),
+    ...(kind === 'adapter' ? { adapter: await adapterReport(opened, base, context.signal) } : {}),
   };
 }
 
@@ -213,114 +216,6 @@ async function hashFiles(context: CommandContext, paths: readonly string[], want
   return reports;
 }
 
-interface Factors extends LowRank {
-  readonly path: string;
-  readonly r: number;
-  readonly alpha: number;
-  readonly shape: readonly [number, number];
-}
-
-/** The LoRA factors of every adapted linear module, with the scaling that the configuration gives. */
-async function* factorsOf(opened: Opened): AsyncGenerator<Factors> {
-  const { file, config } = opened;
-  if (config === undefined) return;
-  const paths: string[] = [];
-  for (const name of file.tensors.keys()) {
-    const key = parseAdapterKey(name);
-    if (key?.part === 'loraA') paths.push(key.modulePath);
-  }
-  const targets = matchTargets(
-    // The file says which modules are there; the configuration is asked for rank and alpha alone.
-    {
-      ...config,
-      target_modules: '.*',
-      exclude_modules: null,
-      layers_to_transform: null,
-      layers_pattern: null,
-      modules_to_save: null,
-    },
-    paths.map((path) => ({ path, kind: 'linear' as const })),
-  );
-  for (const target of targets) {
-    const nameA = [...file.tensors.keys()].find((name) => isPart(name, target.path, 'loraA'));
-    const nameB = [...file.tensors.keys()].find((name) => isPart(name, target.path, 'loraB'));
-    if (nameA === undefined || nameB === undefined) {
-      throw new CliError(`module ${printable(target.path)} has lora_A but no lora_B`, { where: opened.path });
-    }
-    const [infoA, infoB] = [file.info(nameA), file.info(nameB)];
-    const [rank, inputs] = infoA.shape;
-    const [outputs, rankB] = infoB.shape;
-    if (infoA.shape.length !== 2 || infoB.shape.length !== 2 || rank !== rankB || rank === 0) {
-      throw new CliError(
-        `module ${printable(target.path)}: lora_A is [${infoA.shape.join(', ')}] and lora_B is [${infoB.shape.join(', ')}], which do not multiply`,
-        { where: opened.path },
-      );
-    }
-    if (rank !== target.r) {
-      throw new CliError(
-        `module ${printable(target.path)}: the file holds rank ${rank}, adapter_config.json says ${target.r}`,
-        {
-          where: opened.path,
-        },
-      );
-    }
-    yield {
-      path: target.path,
-      r: rank,
-      rank,
-      alpha: target.alpha,
-      scaling: target.scaling,
-      shape: [outputs, inputs],
-      a: await file.readFloats(nameA),
-      b: await file.readFloats(nameB),
-    };
-  }
-}
-
-function isPart(name: string, path: string, part: 'loraA' | 'loraB'): boolean {
-  const key = parseAdapterKey(name);
-  return key !== undefined && key.modulePath === path && key.part === part;
-}
-
-async function adapterReport(opened: Opened): Promise<AdapterReport> {
-  const names = [...opened.file.tensors.keys()];
-  const modules: ModuleReport[] = [];
-  let problem = opened.problem;
-  try {
-    for await (const { path, r, alpha, shape, ...product } of factorsOf(opened)) {
-      const spectrum = singularValues(product);
-      modules.push({
-        path,
-        r,
-        alpha,
-        scaling: product.scaling,
-        shape,
-        norm_A: frobenius(product.a),
-        norm_B: frobenius(product.b),
-        norm_delta: frobenius(spectrum),
-        spectrum,
-      });
-    }
-  } catch (error) {
-    problem = errorMessage(error);
-  }
-  const other = names.filter((name) => {
-    const part = parseAdapterKey(name)?.part;
-    return part !== 'loraA' && part !== 'loraB';
-  });
-  return {
-    base_model_name_or_path: opened.config?.base_model_name_or_path ?? null,
-    trainable_parameters: [...opened.file.tensors.values()].reduce((sum, { shape }) => sum + elements(shape), 0),
-    modules,
-    other,
-    ...(problem === undefined ? {} : { problem }),
-  };
-}
-
-/** Elements compared at a time. */
-const compareElements = 1 << 20;
-const floatTypes = ['F64', 'F32', 'F16', 'BF16'];
-
 async function compare(
   context: CommandContext,
   first: Opened,
@@ -344,9 +239,12 @@ async function compare(
         continue;
       }
       if (infoA.dtype !== infoB.dtype) otherDType.push(`${name}: ${infoA.dtype} and ${infoB.dtype}`);
-      const found = await compareTensor(context, first.file, second.file, name);
+      const found = await tensorDistance(first.file, second.file, name, context.signal);
       if (found === undefined) equal++;
-      else different.push(found);
+      else {
+        const relative = found.base === 0 ? Number.POSITIVE_INFINITY : found.norm / found.base;
+        different.push({ name, max_abs: found.largest, relative });
+      }
       done += infoA.byteLength;
       progress.update(done, name);
     }
@@ -367,67 +265,6 @@ async function compare(
     equal,
     ...(readable ? { updates: await compareUpdates(first, second) } : {}),
   };
-}
-
-/** Undefined when every value is the same; NaN counts as equal to NaN. */
-async function compareTensor(
-  context: CommandContext,
-  first: TensorFile,
-  second: TensorFile,
-  name: string,
-): Promise<TensorDifference | undefined> {
-  const [infoA, infoB] = [first.info(name), second.info(name)];
-  const floats = floatTypes.includes(infoA.dtype) && floatTypes.includes(infoB.dtype);
-  const [widthA, widthB] = [safetensorsElementBytes(infoA.dtype), safetensorsElementBytes(infoB.dtype)];
-  const count = elements(infoA.shape);
-  let largest = 0;
-  let squares = 0;
-  let base = 0;
-  let same = true;
-  for (let start = 0; start < count; start += compareElements) {
-    context.signal.throwIfAborted();
-    const end = Math.min(count, start + compareElements);
-    const bytesA = await first.readRange(name, start * widthA, end * widthA);
-    const bytesB = await second.readRange(name, start * widthB, end * widthB);
-    if (!floats) {
-      if (infoA.dtype !== infoB.dtype || Buffer.compare(bytesA, bytesB) !== 0) {
-        return { name, max_abs: Number.NaN, relative: Number.NaN };
-      }
-      continue;
-    }
-    const [valuesA, valuesB] = [decodeFloats(bytesA, infoA.dtype), decodeFloats(bytesB, infoB.dtype)];
-    for (let i = 0; i < valuesA.length; i++) {
-      if (Object.is(valuesA[i], valuesB[i])) {
-        base += valuesA[i] * valuesA[i];
-        continue;
-      }
-      const difference = valuesB[i] - valuesA[i];
-      if (difference !== 0) same = false;
-      largest = Math.max(largest, Math.abs(difference));
-      squares += difference * difference;
-      base += valuesA[i] * valuesA[i];
-    }
-  }
-  return same
-    ? undefined
-    : { name, max_abs: largest, relative: base === 0 ? Number.POSITIVE_INFINITY : Math.sqrt(squares / base) };
-}
-
-async function compareUpdates(first: Opened, second: Opened): Promise<{ path: string; relative: number }[]> {
-  const kept = new Map<string, Factors>();
-  for await (const factors of factorsOf(first)) kept.set(factors.path, factors);
-  const updates: { path: string; relative: number }[] = [];
-  for await (const factors of factorsOf(second)) {
-    const before = kept.get(factors.path);
-    if (before === undefined || before.shape.join() !== factors.shape.join()) continue;
-    const norm = frobenius(singularValues(before));
-    const change = frobenius(singularValues(lowRankDifference(before, factors)));
-    updates.push({
-      path: factors.path,
-      relative: norm === 0 ? (change === 0 ? 0 : Number.POSITIVE_INFINITY) : change / norm,
-    });
-  }
-  return updates.sort((x, y) => y.relative - x.relative);
 }
 
 /** Name with the layer number taken out, so that layers can be counted together. */
@@ -469,55 +306,6 @@ function show(context: CommandContext, item: InspectReport, options: InspectOpti
     ui.table([['tensor', 'count', 'type', 'shape'].map(dim), ...rows], ['left', 'right']);
   }
   ui.line();
-}
-
-function showAdapter(context: CommandContext, adapter: AdapterReport): void {
-  const { ui } = context;
-  const { dim } = ui.colors;
-  ui.line(
-    `base model: ${adapter.base_model_name_or_path === null ? 'not named' : printable(adapter.base_model_name_or_path)}`,
-  );
-  if (adapter.problem !== undefined) ui.warn(`its modules cannot be read: ${adapter.problem}`);
-  if (adapter.modules.length === 0) return;
-  const groups = new Map<string, ModuleReport[]>();
-  for (const module of adapter.modules) {
-    const key = `${module.path.split('.').at(-1)} ${module.r} ${module.alpha}`;
-    groups.set(key, [...(groups.get(key) ?? []), module]);
-  }
-  const rows: string[][] = [
-    ['target', 'modules', 'r', 'alpha', 'scaling', '|A|', '|B|', '|update|', 'largest', 'effective rank'].map(dim),
-  ];
-  for (const modules of groups.values()) {
-    const mean = (pick: (module: ModuleReport) => number): string =>
-      formatNumber(modules.reduce((sum, module) => sum + pick(module), 0) / modules.length);
-    const [{ path, r, alpha, scaling }] = modules;
-    rows.push([
-      printable(path.split('.').at(-1) ?? path),
-      String(modules.length),
-      String(r),
-      formatNumber(alpha),
-      formatNumber(scaling),
-      mean((module) => module.norm_A),
-      mean((module) => module.norm_B),
-      mean((module) => module.norm_delta),
-      formatNumber(Math.max(...modules.map((module) => module.norm_delta))),
-      modules.every((module) => module.norm_delta > 0) ? mean((module) => effectiveRank(module.spectrum)) : '-',
-    ]);
-  }
-  ui.line();
-  ui.table(rows, ['left', ...Array.from({ length: 9 }, () => 'right' as const)]);
-  ui.line(
-    dim(
-      'norms are Frobenius norms, mean over modules; update = scaling B A; effective rank = |update|² / largest singular value²',
-    ),
-  );
-  if (adapter.other.length > 0) ui.line(`further tensors: ${adapter.other.map((name) => printable(name)).join(', ')}`);
-}
-
-/** Stable rank: how many directions carry the update. */
-function effectiveRank(spectrum: readonly number[]): number {
-  const squares = spectrum.reduce((sum, value) => sum + value * value, 0);
-  return squares / spectrum[0] ** 2;
 }
 
 /** Lines of a list that are shown before the rest is counted. */
