@@ -15,7 +15,9 @@ import {
   hostMatrix,
   injectAdapter,
   loraConfig,
+  prefixTuningConfig,
   product,
+  promptTuningConfig,
 } from '@lorikeet/peft';
 import { type Device, keep, reshape, scope, type Tensor } from '@lorikeet/tensor';
 import { relativeError, testDevice } from '@lorikeet/testing';
@@ -207,3 +209,33 @@ it('a sum of adapters on a Mistral is that of the updates in float64; disabled()
 async function hostMatrixOf(x: Tensor): Promise<ReturnType<typeof hostMatrix>> {
   return hostMatrix(x.shape[0], x.shape[1], await x.read());
 }
+
+it('virtual tokens and LoRA take turns on one Mistral, and work together', async () => {
+  const model = await mistral();
+  const base = await logits(model);
+  const methods: Readonly<Record<string, AdapterConfig>> = {
+    lora: configs.one,
+    prompt: promptTuningConfig({ num_virtual_tokens: 3 }),
+    prefix: prefixTuningConfig({ num_virtual_tokens: 3 }),
+  };
+  const set = await setOver(model, methods);
+  for (const name of ['prefix', 'lora', 'prompt', 'lora']) {
+    set.activate(name);
+    const other = await mistral();
+    move(injectAdapter(other, methods[name]), name);
+    expect(await logits(model), name).toEqual(await logits(other));
+    expect(await set.disabled(() => logits(model)), name).toEqual(base);
+    other.dispose();
+  }
+  set.activate(['lora', 'prefix']);
+  const other = await mistral();
+  const first = injectAdapter(other, methods['lora']);
+  move(first, 'lora');
+  first.mergeAndUnload();
+  move(injectAdapter(other, methods['prefix']), 'prefix');
+  expect(relativeError(await logits(model), await logits(other))).toBeLessThan(1e-5);
+  expect(() => set.activate(['prompt', 'prefix'])).toThrow('there is no sum at');
+  set.dispose();
+  model.dispose();
+  other.dispose();
+});

@@ -13,6 +13,7 @@ export interface LoraTerm {
   readonly a: Tensor;
   /** [O, R] */
   readonly b: Tensor;
+  /** Factor of the update. */
   readonly scale: number;
   /** Dropout on the update's input only. */
   readonly dropout?: DropoutOptions | undefined;
