@@ -1,10 +1,21 @@
 /** Learning rates by step, as transformers' schedulers of the same names compute them. */
+import { finite, notNegative, number, oneOf, positive, problems, type Rule, share, whole } from './rules.js';
 
 /** The schedules by their Hugging Face names. */
-export type SchedulerType = 'constant' | 'constant_with_warmup' | 'linear' | 'cosine';
+export type SchedulerType =
+  | 'constant'
+  | 'constant_with_warmup'
+  | 'linear'
+  | 'cosine'
+  | 'cosine_with_restarts'
+  | 'cosine_with_min_lr'
+  | 'polynomial'
+  | 'inverse_sqrt'
+  | 'warmup_stable_decay'
+  | 'reduce_lr_on_plateau';
 
-/** All values of {@link SchedulerType}, for config checks. */
-export const schedulerTypes: readonly SchedulerType[] = ['constant', 'constant_with_warmup', 'linear', 'cosine'];
+/** Settings of a schedule beyond learning rate and warm-up, by transformers' names; null is the same as left out. */
+export type SchedulerKwargs = Readonly<Record<string, number | string | null>>;
 
 /** A learning-rate schedule. */
 export interface ScheduleOptions {
@@ -14,15 +25,188 @@ export interface ScheduleOptions {
   /** Optimizer steps of the whole run. */
   readonly totalSteps: number;
   /** Steps of warm-up; a number between 0 and 1 is a share of `totalSteps`. Goes before `warmupRatio` unless it is 0. */
-  readonly warmupSteps?: number;
+  readonly warmupSteps?: number | undefined;
   /** Warm-up as a share of `totalSteps`, 0 to 1; rounded up to whole steps. */
-  readonly warmupRatio?: number;
-  /** Cosine only: half-waves are counted double, so 0.5 (the default) falls once from the peak to zero. */
-  readonly numCycles?: number;
+  readonly warmupRatio?: number | undefined;
+  /**
+   * `lr_scheduler_kwargs`. cosine: `num_cycles` (0.5: half-waves are counted double, so that falls once from the peak to
+   * zero). cosine_with_restarts: `num_cycles` (1). cosine_with_min_lr: `num_cycles` (0.5) and one of `min_lr`, `min_lr_rate`
+   * (share of the peak). polynomial: `lr_end` (1e-7), `power` (1). inverse_sqrt: `timescale` (the warm-up, or 10000).
+   * warmup_stable_decay: `num_decay_steps`, `num_stable_steps` (what is left), `warmup_type` (linear), `decay_type` (cosine),
+   * `min_lr_ratio` (0), `num_cycles` (0.5). reduce_lr_on_plateau: see `Plateau`.
+   */
+  readonly kwargs?: SchedulerKwargs | undefined;
+}
+
+/** Where a schedule stands, and what it was told. */
+interface Course {
+  /** Steps since warm-up. */
+  readonly step: number;
+  /** Steps of the run after warm-up, at least 1. */
+  readonly steps: number;
+  readonly warmup: number;
+  readonly learningRate: number;
+  readonly kwargs: SchedulerKwargs;
+}
+
+/** A kind of schedule. */
+interface Schedule {
+  readonly kwargs: Readonly<Record<string, Rule>>;
+  /** Rate after warm-up as a share of the largest. */
+  readonly factor: (course: Course) => number;
+  /** Rate during warm-up, by the share of it that is done; default a straight line from 0. */
+  readonly ramp?: (done: number, kwargs: SchedulerKwargs) => number;
+  /** Has no warm-up. */
+  readonly flat?: boolean;
+}
+
+const numberOf = (kwargs: SchedulerKwargs, name: string, standard: number): number => {
+  const value = kwargs[name];
+  return typeof value === 'number' ? value : standard;
+};
+
+const wave = (cycles: number, progress: number): number => 0.5 * (1 + Math.cos(Math.PI * 2 * cycles * progress));
+
+/** A factor from 1 to 0 made one from 1 to `least`. */
+const above = (least: number, factor: number): number => Math.max(0, factor * (1 - least) + least);
+
+const curves = ['linear', 'cosine', '1-sqrt'] as const;
+
+const schedules: Readonly<Record<SchedulerType, Schedule>> = {
+  constant: { kwargs: {}, factor: () => 1, flat: true },
+  constant_with_warmup: { kwargs: {}, factor: () => 1 },
+  linear: { kwargs: {}, factor: ({ step, steps }) => Math.max(0, (steps - step) / steps) },
+  cosine: {
+    kwargs: { num_cycles: finite },
+    factor: ({ step, steps, kwargs }) => Math.max(0, wave(numberOf(kwargs, 'num_cycles', 0.5), step / steps)),
+  },
+  cosine_with_restarts: {
+    kwargs: { num_cycles: positive },
+    factor: ({ step, steps, kwargs }) => wave(0.5, (numberOf(kwargs, 'num_cycles', 1) * (step / steps)) % 1),
+  },
+  cosine_with_min_lr: {
+    kwargs: { num_cycles: finite, min_lr: notNegative, min_lr_rate: share },
+    factor: ({ step, steps, learningRate, kwargs }) =>
+      above(
+        numberOf(kwargs, 'min_lr_rate', numberOf(kwargs, 'min_lr', 0) / learningRate),
+        wave(numberOf(kwargs, 'num_cycles', 0.5), step / steps),
+      ),
+  },
+  polynomial: {
+    kwargs: { lr_end: notNegative, power: positive },
+    factor: ({ step, steps, learningRate, kwargs }) => {
+      const end = numberOf(kwargs, 'lr_end', 1e-7);
+      return ((learningRate - end) * (1 - step / steps) ** numberOf(kwargs, 'power', 1) + end) / learningRate;
+    },
+  },
+  inverse_sqrt: {
+    kwargs: { timescale: positive },
+    factor: ({ step, warmup, kwargs }) => {
+      const timescale = numberOf(kwargs, 'timescale', warmup > 0 ? warmup : 10_000);
+      return 1 / Math.sqrt((step + timescale) / timescale);
+    },
+  },
+  warmup_stable_decay: {
+    kwargs: {
+      num_decay_steps: whole(0),
+      num_stable_steps: whole(0),
+      warmup_type: oneOf(curves),
+      decay_type: oneOf(curves),
+      min_lr_ratio: share,
+      num_cycles: finite,
+    },
+    ramp: (done, kwargs) => {
+      const rise = { linear: done, cosine: wave(0.5, 1 - done), '1-sqrt': 1 - Math.sqrt(1 - done) };
+      return above(numberOf(kwargs, 'min_lr_ratio', 0), rise[curveOf(kwargs['warmup_type'], 'linear')]);
+    },
+    factor: ({ step, steps, kwargs }) => {
+      const decay = numberOf(kwargs, 'num_decay_steps', 0);
+      const stable = numberOf(kwargs, 'num_stable_steps', steps - decay);
+      const least = numberOf(kwargs, 'min_lr_ratio', 0);
+      if (step < stable) return 1;
+      if (step >= stable + decay) return least;
+      const progress = (step - stable) / decay;
+      const fall = {
+        linear: 1 - progress,
+        cosine: wave(numberOf(kwargs, 'num_cycles', 0.5), progress),
+        '1-sqrt': 1 - Math.sqrt(progress),
+      };
+      return above(least, fall[curveOf(kwargs['decay_type'], 'cosine')]);
+    },
+  },
+  // The rate falls after evaluations, see `Plateau`.
+  reduce_lr_on_plateau: {
+    kwargs: {
+      mode: oneOf(['min', 'max']),
+      factor: number((value) => value > 0 && value < 1, 'a number between 0 and 1'),
+      patience: whole(0),
+      threshold: notNegative,
+      threshold_mode: oneOf(['rel', 'abs']),
+      cooldown: whole(0),
+      min_lr: notNegative,
+      eps: notNegative,
+    },
+    factor: () => 1,
+    flat: true,
+  },
+};
+
+function curveOf(value: unknown, standard: (typeof curves)[number]): (typeof curves)[number] {
+  return curves.find((curve) => curve === value) ?? standard;
+}
+
+/** All values of {@link SchedulerType}, for config checks. */
+export const schedulerTypes: readonly SchedulerType[] = [
+  'linear',
+  'cosine',
+  'cosine_with_restarts',
+  'cosine_with_min_lr',
+  'polynomial',
+  'constant',
+  'constant_with_warmup',
+  'inverse_sqrt',
+  'warmup_stable_decay',
+  'reduce_lr_on_plateau',
+];
+
+/** What is wrong with a schedule's `lr_scheduler_kwargs`, a sentence each; empty where nothing is. */
+export function schedulerKwargsProblems({
+  type,
+  learningRate,
+  kwargs = {},
+}: Pick<ScheduleOptions, 'type' | 'learningRate' | 'kwargs'>): string[] {
+  const known = schedules[type].kwargs;
+  const given = Object.fromEntries(Object.entries(kwargs).filter(([, value]) => value !== null));
+  const names = Object.keys(known);
+  const found = Object.keys(given)
+    .filter((name) => !Object.hasOwn(known, name))
+    .map(
+      (name) =>
+        `lr_scheduler_kwargs: ${JSON.stringify(name)} is none of ${type}'s, which ${names.length === 0 ? 'has none' : `are ${names.join(', ')}`}`,
+    );
+  found.push(...problems(given, known, 'lr_scheduler_kwargs.'));
+  const end = numberOf(kwargs, 'lr_end', 1e-7);
+  if (type === 'polynomial' && learningRate <= end) {
+    found.push(`lr_scheduler_kwargs.lr_end is ${end}; it must be below learning_rate (${learningRate})`);
+  }
+  if (type === 'cosine_with_min_lr') {
+    if (Object.hasOwn(given, 'min_lr') === Object.hasOwn(given, 'min_lr_rate'))
+      found.push(
+        'lr_scheduler_type cosine_with_min_lr needs min_lr or min_lr_rate in lr_scheduler_kwargs, one of them',
+      );
+    else if (numberOf(kwargs, 'min_lr', 0) > learningRate)
+      found.push(
+        `lr_scheduler_kwargs.min_lr is ${kwargs['min_lr']}; it must not be above learning_rate (${learningRate})`,
+      );
+  }
+  if (type === 'warmup_stable_decay' && !Object.hasOwn(given, 'num_decay_steps')) {
+    found.push('lr_scheduler_type warmup_stable_decay needs num_decay_steps in lr_scheduler_kwargs');
+  }
+  return found;
 }
 
 function check(options: ScheduleOptions): void {
-  const { type, learningRate, totalSteps, warmupSteps = 0, warmupRatio = 0, numCycles = 0.5 } = options;
+  const { type, learningRate, totalSteps, warmupSteps = 0, warmupRatio = 0 } = options;
   if (!schedulerTypes.includes(type)) {
     throw new RangeError(`lr_scheduler_type is ${JSON.stringify(type)}; known are ${schedulerTypes.join(', ')}`);
   }
@@ -40,17 +224,18 @@ function check(options: ScheduleOptions): void {
   if (!Number.isFinite(warmupRatio) || warmupRatio < 0 || warmupRatio > 1) {
     throw new RangeError(`warmup_ratio is ${warmupRatio}; it must be a share from 0 to 1`);
   }
-  if (!Number.isFinite(numCycles)) throw new RangeError(`num_cycles is ${numCycles}; it must be a finite number`);
+  const found = schedulerKwargsProblems(options);
+  if (found.length > 0) throw new RangeError(found.join('\n'));
 }
 
 /**
  * Number of warm-up steps: `warmupSteps` cut to a whole number where it is at least 1, else the share (of `warmupSteps`, then of
- * `warmupRatio`) of all steps, rounded up. `constant` has none.
+ * `warmupRatio`) of all steps, rounded up. `constant` and `reduce_lr_on_plateau` have none.
  */
 export function warmupStepCount(options: ScheduleOptions): number {
   check(options);
   const { type, totalSteps, warmupSteps = 0, warmupRatio = 0 } = options;
-  if (type === 'constant') return 0;
+  if (schedules[type].flat === true) return 0;
   if (warmupSteps >= 1) return Math.floor(warmupSteps);
   return Math.ceil(totalSteps * (warmupSteps > 0 ? warmupSteps : warmupRatio));
 }
@@ -58,37 +243,34 @@ export function warmupStepCount(options: ScheduleOptions): number {
 /**
  * The learning rate that each successful optimizer step uses: entry s belongs to the step that follows s successful ones. A step
  * that the loss scaler skips does not move on in the table. With warm-up the first rate is 0, as in transformers.
+ * `reduce_lr_on_plateau` begins with one rate for all.
  *
  * @returns `totalSteps` rates in float64
  * @throws RangeError that names the key and its value
  */
 export function scheduleTable(options: ScheduleOptions): Float64Array {
   const warmup = warmupStepCount(options);
-  const { type, learningRate, totalSteps, numCycles = 0.5 } = options;
-  const factor = (step: number): number => {
-    if (step < warmup) return step / warmup;
-    const remaining = Math.max(1, totalSteps - warmup);
-    switch (type) {
-      case 'constant':
-      case 'constant_with_warmup':
-        return 1;
-      case 'linear':
-        return Math.max(0, (totalSteps - step) / remaining);
-      case 'cosine':
-        return Math.max(0, 0.5 * (1 + Math.cos(Math.PI * 2 * numCycles * ((step - warmup) / remaining))));
-    }
-  };
-  return Float64Array.from({ length: totalSteps }, (_, step) => learningRate * factor(step));
+  const { type, learningRate, totalSteps, kwargs = {} } = options;
+  const { factor, ramp = (done): number => done } = schedules[type];
+  const steps = Math.max(1, totalSteps - warmup);
+  // A rate of 0 has no share to be brought down to.
+  if (learningRate === 0) return new Float64Array(totalSteps);
+  return Float64Array.from(
+    { length: totalSteps },
+    (_, at) =>
+      learningRate *
+      (at < warmup ? ramp(at / warmup, kwargs) : factor({ step: at - warmup, steps, warmup, learningRate, kwargs })),
+  );
 }
 
 /** What a user should be told about a schedule before the first step; empty where nothing is odd. */
 export function scheduleWarnings(options: ScheduleOptions): string[] {
   const warmup = warmupStepCount(options);
-  const { type, learningRate, totalSteps, warmupSteps = 0, warmupRatio = 0 } = options;
+  const { type, learningRate, totalSteps, warmupSteps = 0, warmupRatio = 0, kwargs = {} } = options;
   const warnings: string[] = [];
-  if (type === 'constant' && (warmupSteps > 0 || warmupRatio > 0)) {
+  if (schedules[type].flat === true && (warmupSteps > 0 || warmupRatio > 0)) {
     warnings.push(
-      'lr_scheduler_type constant has no warm-up, so warmup_steps and warmup_ratio do nothing; constant_with_warmup has one',
+      `lr_scheduler_type ${type} has no warm-up, so warmup_steps and warmup_ratio do nothing; constant_with_warmup has one`,
     );
   }
   if (warmupSteps > 0 && warmupRatio > 0) {
@@ -97,9 +279,16 @@ export function scheduleWarnings(options: ScheduleOptions): string[] {
     );
   }
   if (warmup > totalSteps) {
-    const reached = totalSteps > 0 ? (learningRate * (totalSteps - 1)) / warmup : 0;
+    const reached = totalSteps > 0 ? scheduleTable(options)[totalSteps - 1] : 0;
     warnings.push(
       `warm-up takes ${warmup} steps but the run has ${totalSteps}: learning_rate ${learningRate} is never reached (the last step uses ${reached.toPrecision(3)}); lower warmup_steps, or train longer`,
+    );
+  }
+  const decay = numberOf(kwargs, 'num_decay_steps', 0);
+  const stable = numberOf(kwargs, 'num_stable_steps', 0);
+  if (type === 'warmup_stable_decay' && warmup <= totalSteps && warmup + stable + decay > totalSteps) {
+    warnings.push(
+      `warm-up (${warmup} steps), num_stable_steps ${stable} and num_decay_steps ${decay} are more than the ${totalSteps} steps of the run; the rest is cut off`,
     );
   }
   return warnings;
