@@ -12,11 +12,11 @@ import {
   LorikeetError,
   type MemoryPart,
   scope,
-  storedBytes,
   type Tensor,
   type TensorEntry,
   type TensorFile,
 } from '@lorikeet/tensor';
+import { type ArenaPlace, type Layout, layOut } from './arenas.js';
 
 /** Settings of `AdamW`, named and defaulted as in transformers' TrainingArguments. */
 export interface AdamWOptions {
@@ -25,8 +25,10 @@ export interface AdamWOptions {
   readonly adam_beta1?: number;
   readonly adam_beta2?: number;
   readonly adam_epsilon?: number;
-  /** Decoupled decay; norms and biases (one-axis parameters) are left alone, as transformers does. Default 0. */
+  /** Decoupled decay; biases, norms and other one-axis parameters are left alone. Default 0. */
   readonly weight_decay?: number;
+  /** LoRA+: factor of the learning rate of lora_B and of one-axis parameters; 16 in its paper. Default 1; null is the same. */
+  readonly loraplus_lr_ratio?: number | null | undefined;
   /** Largest L2 norm of all gradients together; 0 or less does not clip. Default 1. */
   readonly max_grad_norm?: number;
   /** Dynamic loss scaling for f16 activations; without it the scale is 1 for ever. */
@@ -60,16 +62,6 @@ export interface OptimizerRecord {
 export interface StepSums {
   readonly loss: Tensor;
   readonly correct: Tensor;
-}
-
-/** Where a parameter lies: the same place holds for its gradient and its moments in the arenas beside. */
-export interface ArenaPlace {
-  readonly name: string;
-  readonly shape: readonly number[];
-  /** Index of the segment. */
-  readonly segment: number;
-  /** Start within the segment, a multiple of 256. */
-  readonly byteOffset: number;
 }
 
 /** Arenas of one layout: parameters, gradients, first and second moments, f32 [n]. */
@@ -136,6 +128,24 @@ const slot = {
   correct: 8,
 } as const;
 const stateSize = 16;
+/**
+ * Columns of the table, of which row t is for the step after t good ones: 1 / sqrt(1 - beta2^(t+1)); lr / (1 - beta1^(t+1))
+ * and 1 - lr * weight_decay; the same two of parameters with another rate, where there are any.
+ */
+const column = { rate: 1, fastRate: 3 } as const;
+
+/** The table in float64: on the device powers of beta would lose digits. */
+function stepTable(options: Omit<AdamWOptions, 'learningRates'>, learningRates: ArrayLike<number>): number[][] {
+  const { adam_beta1: b1 = 0.9, adam_beta2: b2 = 0.999, weight_decay = 0, loraplus_lr_ratio: ratio } = options;
+  const factors = hasFast(options) ? [1, ratio ?? 1] : [1];
+  return Array.from(learningRates, (lr, t) => [
+    1 / Math.sqrt(1 - b2 ** (t + 1)),
+    ...factors.flatMap((factor) => [(lr * factor) / (1 - b1 ** (t + 1)), 1 - lr * factor * weight_decay]),
+  ]);
+}
+
+const hasFast = ({ loraplus_lr_ratio: ratio }: Pick<AdamWOptions, 'loraplus_lr_ratio'>): boolean => (ratio ?? 1) !== 1;
+
 /** Names of the moments in files, as torch calls them, before the parameter's. */
 const momentPrefix = { m: 'exp_avg.', v: 'exp_avg_sq.' } as const;
 
@@ -211,7 +221,9 @@ const adamKernel = defineKernel({
     one_minus_beta1: 'f32',
     one_minus_beta2: 'f32',
     epsilon: 'f32',
-    decayed_quads: 'u32',
+    decayed_to: 'u32',
+    fast_from: 'u32',
+    fast_to: 'u32',
   },
   workgroupSize,
   body: `
@@ -222,57 +234,20 @@ fn kernel(group: u32, lane: u32) {
   // The next step's gradients are added to nothing.
   g_store4(i, vec4<f32>(0.0));
   if (state_load(${slot.skipped}u) != 0.0) { return; }
-  // Row t of the table: lr / (1 - beta1^(t+1)), 1 / sqrt(1 - beta2^(t+1)), 1 - lr * weight_decay.
   let row = min(u32(state_load(${slot.stepGoodSteps}u)), P.last) * P.pitch;
+  let own = row + select(${column.rate}u, ${column.fastRate}u, i >= P.fast_from && i < P.fast_to);
   let grad = scaled * state_load(${slot.factor}u);
   let m1 = P.beta1 * m_load4(i) + P.one_minus_beta1 * grad;
   let v1 = P.beta2 * v_load4(i) + P.one_minus_beta2 * grad * grad;
   var p1 = p_load4(i);
-  if (i < P.decayed_quads) { p1 *= table_load(row + 2u); }
-  p_store4(i, p1 - table_load(row) * m1 / (sqrt(v1) * table_load(row + 1u) + P.epsilon));
+  if (i < P.decayed_to) { p1 *= table_load(own + 1u); }
+  p_store4(i, p1 - table_load(own) * m1 / (sqrt(v1) * table_load(row) + P.epsilon));
   m_store4(i, m1);
   v_store4(i, v1);
 }`,
 });
 
 const normGroups = (bytes: number): number => Math.ceil(bytes / 16 / (workgroupSize * quadsPerThread));
-
-/** Parameters that lie in one segment, those that decay first. */
-interface Layout {
-  bytes: number;
-  decayedBytes: number;
-}
-
-const decays = (p: Tensor): boolean => p.shape.length > 1;
-
-/** Places of the parameters, by index, and the segments' sizes. */
-function layOut(
-  parameters: readonly (readonly [name: string, parameter: Tensor])[],
-  largest: number,
-): { readonly places: readonly ArenaPlace[]; readonly layouts: readonly Layout[] } {
-  const places: ArenaPlace[] = [];
-  const layouts: Layout[] = [];
-  for (const decayed of [true, false]) {
-    for (const [i, [name, p]] of parameters.entries()) {
-      if (decays(p) !== decayed) continue;
-      const bytes = Math.ceil(storedBytes(p.shape, 'f32') / 256) * 256;
-      if (bytes > largest) {
-        throw new LorikeetError(
-          `AdamW: ${name} has ${bytes} bytes, more than an arena holds on this device (${largest}); train an adapter instead`,
-        );
-      }
-      let last = layouts.at(-1);
-      if (last === undefined || last.bytes + bytes > largest) {
-        last = { bytes: 0, decayedBytes: 0 };
-        layouts.push(last);
-      }
-      places[i] = { name, shape: p.shape, segment: layouts.length - 1, byteOffset: last.bytes };
-      last.bytes += bytes;
-      if (decayed) last.decayedBytes = last.bytes;
-    }
-  }
-  return { places, layouts };
-}
 
 /** AdamW over named f32 parameters, which it moves into its arenas and changes in place. */
 export class AdamW {
@@ -323,16 +298,10 @@ export class AdamW {
     this.#device = device;
     const { maxStorageBufferBindingSize, maxBufferSize } = device.limits;
     const bound = Math.floor(Math.min(maxStorageBufferBindingSize, maxBufferSize, largest) / 256) * 256;
-    const { places, layouts } = layOut(this.parameters, bound);
+    const { places, layouts } = layOut(this.parameters, bound, hasFast(options));
     this.places = places;
     this.#layouts = layouts;
-    const { adam_beta1: b1 = 0.9, adam_beta2: b2 = 0.999, weight_decay = 0 } = options;
-    // Computed in float64 here: powers of beta would lose digits on the device.
-    const rows = Array.from(rates, (lr, t) => [
-      lr / (1 - b1 ** (t + 1)),
-      1 / Math.sqrt(1 - b2 ** (t + 1)),
-      1 - lr * weight_decay,
-    ]);
+    const rows = stepTable(options, rates);
     const made = scope(() => {
       // Not `zeros`: an arena takes its own size and no size class.
       const zeros = (bytes: number, part: MemoryPart = 'optimizer'): Tensor => {
@@ -364,7 +333,7 @@ export class AdamW {
         state: device.zeros([stateSize]),
         nothing: device.zeros([]),
         scale: device.fromArray([options.lossScale === undefined ? 1 : (options.lossScale.init ?? 65536)], []),
-        table: device.fromArray(rows.flat(), [rates.length, 3]),
+        table: device.fromArray(rows.flat(), [rows.length, rows[0].length]),
       });
     });
     this.segments = made.segments;
@@ -374,6 +343,15 @@ export class AdamW {
     this.#nothing = made.nothing;
     this.scale = made.scale;
     this.#table = made.table;
+  }
+
+  /**
+   * Gives the steps that are still to come other learning rates.
+   * @param learningRates of each successful step from the first of the run on; as many as there were
+   */
+  setLearningRates(learningRates: ArrayLike<number>): void {
+    const rows = stepTable(this.#options, learningRates);
+    scope(() => this.#device.copy(this.#device.fromArray(rows.flat(), this.#table.shape), this.#table));
   }
 
   /** Sets the gradients to zero, as a step leaves them. */
@@ -424,7 +402,7 @@ export class AdamW {
       1,
     );
     this.segments.forEach(({ p, g, m, v }, i) => {
-      const { bytes, decayedBytes } = this.#layouts[i];
+      const { bytes, decayedTo, fastFrom, fastTo } = this.#layouts[i];
       device.dispatch(
         adamKernel,
         { g, state: this.#state, table: this.#table, p, m, v },
@@ -437,7 +415,9 @@ export class AdamW {
           one_minus_beta1: 1 - b1,
           one_minus_beta2: 1 - b2,
           epsilon: adam_epsilon,
-          decayed_quads: decayedBytes / 16,
+          decayed_to: decayedTo / 16,
+          fast_from: fastFrom / 16,
+          fast_to: fastTo / 16,
         },
         Math.ceil(bytes / 16 / workgroupSize),
       );
