@@ -1,6 +1,27 @@
 /** The settings of a run, what they may be, and how many steps follow from them. */
+import type { JsonObject, JsonValue } from '@lorikeet/tensor';
+import { type BestMetric, bestMetrics } from './evaluation-watch.js';
 import type { AdamWOptions, LossScaleOptions } from './optimizer.js';
-import { type SchedulerType, schedulerTypes } from './schedule.js';
+import {
+  finite,
+  flag,
+  notNegative,
+  number,
+  oneOf,
+  orNull,
+  positive,
+  problems,
+  type Rule,
+  share,
+  whole,
+} from './rules.js';
+import {
+  type ScheduleOptions,
+  type SchedulerKwargs,
+  schedulerKwargsProblems,
+  type SchedulerType,
+  schedulerTypes,
+} from './schedule.js';
 import { type Overlong, overlongModes } from './sft.js';
 
 /** Settings of a run, named and defaulted as in transformers' TrainingArguments. */
@@ -19,17 +40,48 @@ export interface TrainingArguments extends Omit<AdamWOptions, 'learningRates' | 
   readonly learning_rate?: number;
   /** Default linear. */
   readonly lr_scheduler_type?: SchedulerType;
+  /** Further settings of the schedule, see {@link ScheduleOptions}. */
+  readonly lr_scheduler_kwargs?: SchedulerKwargs | undefined;
   /** Warm-up as a share of all steps. Default 0. */
   readonly warmup_ratio?: number;
   /** Steps of warm-up, or a share of all steps when below 1; goes before `warmup_ratio` unless it is 0. */
   readonly warmup_steps?: number;
   readonly gradient_checkpointing?: boolean;
+  /**
+   * Share of each label's weight that all tokens of the vocabulary get alike, in training; evaluations have the loss of the
+   * label alone, so that runs can be compared. Default 0.
+   */
+  readonly label_smoothing_factor?: number;
+  /**
+   * NEFTune (Jain et al., 2023): in training each element of the embedded tokens, T to a row with padding and D wide, gets
+   * noise from U(-m, m) with m = alpha / sqrt(T D). 5 in its paper; null, the default, for none.
+   */
+  readonly neftune_noise_alpha?: number | null | undefined;
+  /** Rows of like length come together, the longest first, which saves padding. Default false. */
+  readonly group_by_length?: boolean;
   /** Evaluate every so many steps (a share of all steps when below 1) and after the last; 0, the default, does not. */
   readonly eval_steps?: number;
+  /** Steps before which none of these evaluations is made. Default 0. */
+  readonly eval_delay?: number;
   /** Evaluate before the first step too. Default false. */
   readonly eval_on_start?: boolean;
   /** A checkpoint every so many steps (a share of all steps when below 1); 0, the default, makes none. */
   readonly save_steps?: number;
+  /** `best`: a checkpoint after each evaluation that is the best so far, and `save_steps` does nothing. Default steps. */
+  readonly save_strategy?: 'steps' | 'best';
+  /** What makes an evaluation the best. Default loss; null is the same. */
+  readonly metric_for_best_model?: BestMetric | null | undefined;
+  /** Default true of the accuracy, false of the loss; null is the same. */
+  readonly greater_is_better?: boolean | null | undefined;
+  /**
+   * The caller goes back to the best checkpoint at the end. Checkpoints are made where there are evaluations, and after the
+   * last step. Default false.
+   */
+  readonly load_best_model_at_end?: boolean;
+  /** Stop after so many evaluations in a row that were no better than the best one. Default null: do not. */
+  readonly early_stopping_patience?: number | null | undefined;
+  /** An evaluation must be better by more than this for early stopping to count it. Default 0. */
+  readonly early_stopping_threshold?: number;
   /** A checkpoint when the signal ends the run early. Default false. */
   readonly save_on_interrupt?: boolean;
   /** Seed of data order and dropout; default 42. */
@@ -50,20 +102,11 @@ export interface SFTConfig extends TrainingArguments {
   readonly pad_to_multiple_of?: number;
   /** Steps between entries of the log, a share of all steps when below 1; default 10, 0 for none. */
   readonly logging_steps?: number;
+  /** An entry of the log for the first step too. Default false. */
+  readonly logging_first_step?: boolean;
 }
 
-/** What a setting may be: the test, and the words for it. */
-type Rule = readonly [allows: (value: unknown) => boolean, allowed: string];
-
-const number = (allows: (value: number) => boolean, allowed: string): Rule => [
-  (value) => typeof value === 'number' && Number.isFinite(value) && allows(value),
-  allowed,
-];
-const whole = (least: number, allowed = `a whole number, at least ${least}`): Rule =>
-  number((value) => Number.isSafeInteger(value) && value >= least, allowed);
-const notNegative = number((value) => value >= 0, 'a finite number, at least 0');
 const beta = number((value) => value >= 0 && value < 1, 'a number from 0 to below 1');
-const flag: Rule = [(value) => typeof value === 'boolean', 'true or false'];
 const seed = whole(0, 'a whole number from 0 to 2^53 - 1');
 const stepsOrShare = number(
   (value) => value >= 0 && (value < 1 || Number.isSafeInteger(value)),
@@ -74,43 +117,65 @@ const rules: Readonly<Record<keyof TrainingArguments, Rule>> = {
   per_device_train_batch_size: whole(1),
   per_device_eval_batch_size: whole(1),
   gradient_accumulation_steps: whole(1),
-  num_train_epochs: number((value) => value > 0, 'a finite number above 0'),
+  num_train_epochs: positive,
   max_steps: whole(-1, 'a whole number of steps, or -1 to go by num_train_epochs'),
   learning_rate: notNegative,
-  lr_scheduler_type: [(value) => schedulerTypes.some((type) => type === value), `one of ${schedulerTypes.join(', ')}`],
-  warmup_ratio: number((value) => value >= 0 && value <= 1, 'a share from 0 to 1'),
+  lr_scheduler_type: oneOf(schedulerTypes),
+  lr_scheduler_kwargs: [
+    (value) => typeof value === 'object' && value !== null && !Array.isArray(value),
+    'a map with settings of the schedule',
+  ],
+  warmup_ratio: share,
   warmup_steps: notNegative,
   gradient_checkpointing: flag,
+  label_smoothing_factor: share,
+  neftune_noise_alpha: orNull(positive),
+  group_by_length: flag,
   eval_steps: stepsOrShare,
+  eval_delay: notNegative,
   eval_on_start: flag,
   save_steps: stepsOrShare,
+  save_strategy: oneOf(['steps', 'best']),
+  metric_for_best_model: orNull(oneOf(bestMetrics)),
+  greater_is_better: orNull(flag),
+  load_best_model_at_end: flag,
+  early_stopping_patience: orNull(whole(1)),
+  early_stopping_threshold: notNegative,
   save_on_interrupt: flag,
   seed,
   data_seed: seed,
   adam_beta1: beta,
   adam_beta2: beta,
-  adam_epsilon: number((value) => value > 0, 'a finite number above 0'),
+  adam_epsilon: positive,
   weight_decay: notNegative,
-  max_grad_norm: number(() => true, 'a finite number; 0 or less does not clip'),
+  loraplus_lr_ratio: orNull(positive),
+  max_grad_norm: [finite[0], 'a finite number; 0 or less does not clip'],
 };
 
-/** Settings that may change when a run goes on: the bits of its losses and weights do not hang on them. */
+/**
+ * Settings that may change when a run goes on: the bits of its losses and weights do not hang on them. Those of evaluations
+ * are compared by `train` where they do.
+ */
 const changeable: readonly string[] = [
   'per_device_eval_batch_size',
   'gradient_checkpointing',
   'eval_steps',
+  'eval_delay',
   'eval_on_start',
   'save_steps',
+  'save_strategy',
   'save_on_interrupt',
 ];
 
 /** The settings that decide the bits of a run, as far as they were given. */
-export function fixedArguments(args: TrainingArguments): Record<string, string | number | boolean> {
-  const fixed: Record<string, string | number | boolean> = {};
+export function fixedArguments(args: TrainingArguments): JsonObject {
+  const fixed: Record<string, JsonValue> = {};
   for (const name of Object.keys(rules).filter((key) => !changeable.includes(key))) {
     const value: unknown = Reflect.get(args, name);
     if (typeof value === 'string' || typeof value === 'number' || typeof value === 'boolean') fixed[name] = value;
   }
+  const kwargs = Object.entries(args.lr_scheduler_kwargs ?? {}).filter(([, value]) => value !== null);
+  if (kwargs.length > 0) fixed['lr_scheduler_kwargs'] = Object.fromEntries(kwargs);
   return fixed;
 }
 
@@ -119,24 +184,23 @@ const sftRules: Readonly<Record<Exclude<keyof SFTConfig, keyof TrainingArguments
     (value) => value === null || (Number.isSafeInteger(value) && Number(value) >= 2),
     'a whole number of tokens, at least 2, or null for no limit',
   ],
-  overlong: [(value) => overlongModes.some((mode) => mode === value), `one of ${overlongModes.join(', ')}`],
+  overlong: oneOf(overlongModes),
   completion_only_loss: flag,
   pad_to_multiple_of: whole(1),
   logging_steps: stepsOrShare,
+  logging_first_step: flag,
 };
 
 const scaleRules: Readonly<Record<keyof LossScaleOptions, Rule>> = {
-  init: number((value) => value > 0, 'a finite number above 0'),
+  init: positive,
   growthInterval: whole(1),
 };
 
-const show = (value: unknown): string => (typeof value === 'string' ? JSON.stringify(value) : String(value));
-
-function problems(args: object, table: Readonly<Record<string, Rule>>, prefix = ''): string[] {
-  return Object.entries(table).flatMap(([name, [allows, allowed]]) => {
-    const value: unknown = Reflect.get(args, name);
-    return value === undefined || allows(value) ? [] : [`${prefix}${name} is ${show(value)}; it must be ${allowed}`];
-  });
+/** What is wrong with settings of a run. */
+function argumentProblems(args: TrainingArguments): string[] {
+  const found = problems(args, rules);
+  // What goes together is looked at when each is right by itself.
+  return found.length > 0 ? found : schedulerKwargsProblems(scheduleOptions(args, 0));
 }
 
 /**
@@ -145,7 +209,8 @@ function problems(args: object, table: Readonly<Record<string, Rule>>, prefix = 
  * @throws RangeError that names every wrong value and what is allowed
  */
 export function validateTrainingArguments(args: TrainingArguments, lossScale: LossScaleOptions | false = false): void {
-  const found = [...problems(args, rules), ...problems(lossScale === false ? {} : lossScale, scaleRules, 'lossScale.')];
+  const scale = problems(lossScale === false ? {} : lossScale, scaleRules, 'lossScale.');
+  const found = [...argumentProblems(args), ...scale];
   if (found.length > 0) throw new RangeError(found.join('\n'));
 }
 
@@ -155,8 +220,20 @@ export function validateTrainingArguments(args: TrainingArguments, lossScale: Lo
  * @throws RangeError that names every wrong value and what is allowed
  */
 export function validateSFTConfig(args: SFTConfig): void {
-  const found = problems(args, { ...rules, ...sftRules });
+  const found = [...argumentProblems(args), ...problems(args, sftRules)];
   if (found.length > 0) throw new RangeError(found.join('\n'));
+}
+
+/** The learning-rate schedule that settings mean, for a run of so many steps. */
+export function scheduleOptions(args: TrainingArguments, totalSteps: number): ScheduleOptions {
+  return {
+    type: args.lr_scheduler_type ?? 'linear',
+    learningRate: args.learning_rate ?? 5e-5,
+    totalSteps,
+    warmupSteps: args.warmup_steps,
+    warmupRatio: args.warmup_ratio,
+    kwargs: args.lr_scheduler_kwargs,
+  };
 }
 
 /** Steps that a setting such as `eval_steps` means: a value below 1 is a share of all steps, rounded up. */

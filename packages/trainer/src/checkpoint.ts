@@ -22,13 +22,14 @@ import {
   writeSafetensors,
 } from '@lorikeet/tensor';
 import type { SamplerState } from './data.js';
+import type { WatchState } from './evaluation-watch.js';
 
 /** File of the optimizer's state in a checkpoint's folder. */
 export const optimizerFile = 'optimizer.safetensors';
 /** File that says where a run stood, in a checkpoint's folder. */
 export const trainerStateFile = 'trainer_state.json';
 
-const formatVersion = 1;
+const formatVersion = 2;
 
 /** Where a run stood: the content of trainer_state.json. */
 export interface TrainerState {
@@ -40,9 +41,11 @@ export interface TrainerState {
   readonly micro_step: number;
   readonly skipped_steps: number;
   readonly sampler: SamplerState;
-  /** Lowest evaluation loss at a step that has a checkpoint; null before there is one. */
+  /** Best evaluation (of `metric_for_best_model`) at a step that has a checkpoint; null before there is one. */
   readonly best_metric: number | null;
   readonly best_global_step: number | null;
+  /** What all evaluations have decided. */
+  readonly evaluations: WatchState;
   /** True when the evaluation of this step was given up and is to be made first. */
   readonly evaluation_due: boolean;
   /** Seconds of training so far. */
@@ -132,6 +135,7 @@ const stateKeys: readonly string[] = [
   'sampler',
   'best_metric',
   'best_global_step',
+  'evaluations',
   'evaluation_due',
   'seconds',
   'peak_memory_bytes',
@@ -178,6 +182,13 @@ export async function readTrainerState(folder: ByteFolder): Promise<TrainerState
   };
   const sampler = new JsonFields(object('sampler'), `${where}: sampler`);
   requireKeys(sampler, samplerKeys);
+  const evaluations = new JsonFields(object('evaluations'), `${where}: evaluations`);
+  requireKeys(evaluations, ['best', 'bad', 'plateau']);
+  const plateau = evaluations.raw('plateau');
+  const fall = new JsonFields(isJsonObject(plateau) ? plateau : {}, `${where}: evaluations.plateau`);
+  if (isJsonObject(plateau)) requireKeys(fall, ['rate', 'best', 'bad', 'cooldown']);
+  const numberOrNull = (from: JsonFields, key: string): number | null =>
+    from.isNull(key) ? null : from.number(key, 0);
   const state: TrainerState = {
     global_step: fields.integer('global_step', 0, 1),
     max_steps: fields.integer('max_steps', 0, 1),
@@ -195,8 +206,20 @@ export async function readTrainerState(folder: ByteFolder): Promise<TrainerState
       epoch: sampler.integer('epoch', 0),
       position: sampler.integer('position', 0),
     },
-    best_metric: fields.isNull('best_metric') ? null : fields.number('best_metric', 0),
+    best_metric: numberOrNull(fields, 'best_metric'),
     best_global_step: fields.isNull('best_global_step') ? null : fields.integer('best_global_step', 0),
+    evaluations: {
+      best: numberOrNull(evaluations, 'best'),
+      bad: evaluations.integer('bad', 0),
+      plateau: isJsonObject(plateau)
+        ? {
+            rate: fall.number('rate', 0),
+            best: numberOrNull(fall, 'best'),
+            bad: fall.integer('bad', 0),
+            cooldown: fall.integer('cooldown', 0),
+          }
+        : null,
+    },
     evaluation_due: fields.boolean('evaluation_due', false),
     seconds: fields.number('seconds', 0),
     peak_memory_bytes: fields.integer('peak_memory_bytes', 0),
@@ -204,7 +227,13 @@ export async function readTrainerState(folder: ByteFolder): Promise<TrainerState
     fixed: object('fixed'),
     caller: fields.raw('caller') ?? null,
   };
-  fields.problems.push(...sampler.problems.map((problem) => `sampler: ${problem}`));
+  for (const [name, part] of [
+    ['sampler', sampler],
+    ['evaluations', evaluations],
+    ['evaluations.plateau', fall],
+  ] as const) {
+    fields.problems.push(...part.problems.map((problem) => `${name}: ${problem}`));
+  }
   fields.finish();
   return state;
 }

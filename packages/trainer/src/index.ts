@@ -1,7 +1,10 @@
+export * from './arenas.js';
 export * from './arguments.js';
 export * from './checkpoint.js';
 export * from './data.js';
+export * from './evaluation-watch.js';
 export * from './metrics.js';
+export * from './plateau.js';
 export * from './schedule.js';
 export * from './sft.js';
 export * from './sft-trainer.js';
@@ -9,4 +12,5 @@ export * from './template.js';
 export * from './loss.js';
 export * from './optimizer.js';
 export * from './score.js';
+export * from './stepper.js';
 export * from './train.js';

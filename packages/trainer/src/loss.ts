@@ -28,12 +28,13 @@ export interface BatchLoss {
 /**
  * Forward pass and loss of a batch. The label of a token is predicted by the token before it.
  * @param normaliser what the sum is divided by: the supervised tokens of the whole accumulation window
+ * @param options `smoothing`: the share of label smoothing, default 0
  */
 export function batchLoss(
   model: CausalLM,
   batch: Batch,
   normaliser: number,
-  options: { readonly checkpointing?: boolean } = {},
+  options: { readonly checkpointing?: boolean; readonly smoothing?: number } = {},
 ): BatchLoss {
   const supervised = Array.from({ length: batch.B }, (_, b) => supervisedOf(batch, b));
   const rows = supervised.flatMap((of) => of.positions);
@@ -52,10 +53,10 @@ export function batchLoss(
   });
   const { input, i32 } = upload(firstDevice(model), batch, lists);
   const h = flat(model.hidden(input, options));
-  const scale = 1 / normaliser;
-  if (frozen) return linearCrossEntropy(h, head, i32[0], i32[1], { scale, chunk });
+  const settings = { scale: 1 / normaliser, smoothing: options.smoothing ?? 0 };
+  if (frozen) return linearCrossEntropy(h, head, i32[0], i32[1], { ...settings, chunk });
   const run = (x: Tensor, at: Tensor, wanted: Tensor): readonly Tensor[] => {
-    const { loss, correct } = crossEntropy(model.logits(gatherRows(x, at)), wanted, { scale });
+    const { loss, correct } = crossEntropy(model.logits(gatherRows(x, at)), wanted, settings);
     return [loss, correct];
   };
   let total: BatchLoss | undefined;

@@ -15,9 +15,10 @@ import {
   type Tensor,
   writeCheckpoint,
 } from '@lorikeet/tensor';
-import { type SFTConfig, stepCount, totalSteps, validateSFTConfig } from './arguments.js';
+import { scheduleOptions, type SFTConfig, stepCount, totalSteps, validateSFTConfig } from './arguments.js';
 import { readTrainerState } from './checkpoint.js';
 import { checkExamples, type CollateOptions, type DataCollator, type DataRow, type TokenizedExample } from './data.js';
+import { checkEvaluations } from './evaluation-watch.js';
 import { scheduleWarnings } from './schedule.js';
 import { type TextTokenizer, tokenizeExamples } from './sft.js';
 import { type PromptTemplate, resolveTemplate } from './template.js';
@@ -120,6 +121,8 @@ export interface SFTTrainOptions extends SFTStepOptions {
    * record to `saveCheckpoint`.
    */
   readonly onCheckpoint?: ((checkpoint: CheckpointRecord) => Promise<void>) | undefined;
+  /** Opens the checkpoint of a step, which `saveCheckpoint` wrote; needed with `load_best_model_at_end`. */
+  readonly openCheckpoint?: ((step: number) => ByteFolder | Promise<ByteFolder>) | undefined;
   /** Hears of every entry of the log, of which there is one in `logging_steps` steps, one after the last, one an evaluation. */
   readonly onLog?: ((entry: TrainLog | EvalLog) => void) | undefined;
 }
@@ -132,6 +135,8 @@ export interface TrainOutput {
   readonly training_loss: number;
   /** True when the signal ended the run early. */
   readonly aborted: boolean;
+  /** Step of the checkpoint whose evaluation was the best; undefined where none was evaluated. */
+  readonly best_global_step: number | undefined;
   /** Steps that changed nothing because a gradient was not finite. */
   readonly skipped_steps: number;
   readonly metrics: {
@@ -162,7 +167,14 @@ function isDataRow(item: object): item is DataRow {
 }
 
 /** What `train` is told to return when a run is broken off; nobody reads it. */
-const brokenOff: TrainResult = { steps: 0, totalSteps: 0, skippedSteps: 0, aborted: true };
+const brokenOff: TrainResult = {
+  steps: 0,
+  totalSteps: 0,
+  skippedSteps: 0,
+  aborted: true,
+  stoppedEarly: false,
+  bestStep: undefined,
+};
 
 /** A step as far as the next entry of the log needs it. */
 interface Unlogged {
@@ -258,15 +270,9 @@ export class SFTTrainer {
       this.eval_dataset = this.#tokenize(options.eval_dataset, 'eval_dataset', warnings);
     }
     const total = totalSteps(this.train_dataset.length, args).total;
-    warnings.push(
-      ...scheduleWarnings({
-        type: args.lr_scheduler_type ?? 'linear',
-        learningRate: args.learning_rate ?? 5e-5,
-        totalSteps: total,
-        warmupSteps: args.warmup_steps ?? 0,
-        warmupRatio: args.warmup_ratio ?? 0,
-      }),
-    );
+    const evalEvery = this.eval_dataset === undefined ? 0 : stepCount(args.eval_steps ?? 0, total);
+    checkEvaluations(args, evalEvery, stepCount(args.save_steps ?? 0, total));
+    warnings.push(...scheduleWarnings(scheduleOptions(args, total)));
     this.warnings = warnings;
     this.#collate = data_collator ?? {
       padTokenId: tokenizer?.padTokenId ?? tokenizer?.eosTokenId,
@@ -354,17 +360,22 @@ export class SFTTrainer {
     if (!isJsonArray(log_history) || !isJsonArray(since_log) || typeof num_tokens !== 'number') {
       throw new FormatError(`${folder.name}: this checkpoint was not written by SFTTrainer.saveCheckpoint`);
     }
-    const adapter = this.#adapter;
-    if (adapter === undefined) await this.#loadWeights(folder);
-    else if (adapter.load === undefined) {
-      throw new LorikeetError('SFTTrainer: this adapter has no `load`, so its checkpoints cannot be read');
-    } else await adapter.load(folder);
+    await this.#loadValues(folder);
     this.#state = { ...this.#state, global_step, epoch, log_history: log_history.map(logEntry) };
     this.#sinceLog = since_log.map((value) => ({
       loss: numberOr(fieldsOf(value)['loss']),
       tokenAccuracy: numberOr(fieldsOf(value)['tokenAccuracy']),
     }));
     this.#tokens = num_tokens;
+  }
+
+  /** Takes the values of what is trained from a checkpoint. */
+  async #loadValues(folder: ByteFolder): Promise<void> {
+    const adapter = this.#adapter;
+    if (adapter === undefined) await this.#loadWeights(folder);
+    else if (adapter.load === undefined) {
+      throw new LorikeetError('SFTTrainer: this adapter has no `load`, so its checkpoints cannot be read');
+    } else await adapter.load(folder);
   }
 
   async #loadWeights(folder: ByteFolder): Promise<void> {
@@ -438,7 +449,8 @@ export class SFTTrainer {
     this.#sinceLog.push({ loss: record.loss, tokenAccuracy: record.tokenAccuracy });
     this.#tokens += record.tokens;
     const every = stepCount(this.args.logging_steps ?? 10, record.totalSteps);
-    if (every === 0 || (step % every !== 0 && step !== record.totalSteps)) return;
+    const first = step === 1 && this.args.logging_first_step === true;
+    if (every === 0 || (step % every !== 0 && step !== record.totalSteps && !first)) return;
     log({
       step,
       epoch,
@@ -451,9 +463,18 @@ export class SFTTrainer {
     this.#sinceLog = [];
   }
 
-  /** Trains to the end, or until the signal. */
+  /**
+   * Trains to the end, or until the signal. With `load_best_model_at_end` the parameters then have the values of the best
+   * checkpoint, unless the signal ended the run.
+   */
   async train(options: SFTTrainOptions = {}): Promise<TrainOutput> {
     const began = performance.now();
+    const openBest = this.args.load_best_model_at_end === true ? options.openCheckpoint : undefined;
+    if (this.args.load_best_model_at_end === true && (openBest === undefined || options.onCheckpoint === undefined)) {
+      throw new LorikeetError(
+        'SFTTrainer.train: load_best_model_at_end needs onCheckpoint, which keeps checkpoints, and openCheckpoint, which opens one again',
+      );
+    }
     const { per_device_train_batch_size: batch = 8, gradient_accumulation_steps: accumulation = 1 } = this.args;
     const losses: number[] = [];
     let logged = 0;
@@ -469,12 +490,17 @@ export class SFTTrainer {
       if (record.kind === 'checkpoint') await options.onCheckpoint?.(record);
       for (; logged < this.#state.log_history.length; logged++) options.onLog?.(this.#state.log_history[logged]);
     }
+    const { bestStep } = this.#result;
+    if (openBest !== undefined && bestStep !== undefined && !this.#result.aborted) {
+      await this.#loadValues(await openBest(bestStep));
+    }
     const seconds = (performance.now() - began) / 1000;
     const training_loss = mean(losses);
     return {
       global_step: this.#result.steps,
       training_loss,
       aborted: this.#result.aborted,
+      best_global_step: bestStep,
       skipped_steps: this.#result.skippedSteps,
       metrics: {
         train_runtime: seconds,

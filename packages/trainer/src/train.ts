@@ -1,8 +1,6 @@
 /** The training loop: an async generator that the caller drives. Blind to the model's architecture and to the adapter. */
-import { valueAndGrad } from '@lorikeet/autograd';
-import { type CausalLM, withTraining } from '@lorikeet/nn';
+import type { CausalLM } from '@lorikeet/nn';
 import {
-  addInto,
   type ByteFolder,
   type JsonObject,
   type JsonValue,
@@ -14,6 +12,7 @@ import {
 } from '@lorikeet/tensor';
 import {
   fixedArguments,
+  scheduleOptions,
   stepCount,
   totalSteps,
   type TrainingArguments,
@@ -31,9 +30,11 @@ import {
   longestFirst,
   type TokenizedExample,
 } from './data.js';
+import { checkEvaluations, EvaluationWatch, followsEvaluations } from './evaluation-watch.js';
 import { batchLoss } from './loss.js';
-import { AdamW, type AdamWOptions, type LossScaleOptions, type OptimizerRecord, type StepSums } from './optimizer.js';
+import type { LossScaleOptions } from './optimizer.js';
 import { scheduleTable } from './schedule.js';
+import { Stepper, type WindowRecord } from './stepper.js';
 
 /** What `train` takes. */
 export interface TrainOptions {
@@ -66,7 +67,7 @@ export interface StepRecord {
   readonly totalSteps: number;
   /** Epochs done after this step, with fraction. */
   readonly epoch: number;
-  /** Mean -log p over the supervised tokens of the step. */
+  /** Mean -log p over the supervised tokens of the step; with label smoothing the loss that is trained. */
   readonly loss: number;
   /** Share of supervised tokens that were predicted right. */
   readonly tokenAccuracy: number;
@@ -106,7 +107,7 @@ export interface CheckpointRecord {
   /** Steps done. */
   readonly step: number;
   readonly epoch: number;
-  /** Step of the checkpoint whose evaluation had the lowest loss so far; undefined where none was evaluated. */
+  /** Step of the checkpoint whose evaluation was the best so far; undefined where none was evaluated. */
   readonly bestStep: number | undefined;
   /** True when `signal` ended the run here. */
   readonly interrupted: boolean;
@@ -130,6 +131,10 @@ export interface TrainResult {
   readonly skippedSteps: number;
   /** True when `signal` ended the run before its last step or evaluation. */
   readonly aborted: boolean;
+  /** True when `early_stopping_patience` ended the run before its last step. */
+  readonly stoppedEarly: boolean;
+  /** Step of the checkpoint whose evaluation was the best; undefined where none was evaluated. */
+  readonly bestStep: number | undefined;
 }
 
 /** Records may lag their step by this many, so that the host never waits for the step it has just recorded. */
@@ -142,118 +147,6 @@ function collateSettings(collate: CollateOptions | DataCollator | undefined): Js
   if (typeof collate !== 'object') return null;
   const { padTokenId = null, padToMultipleOf = null, paddingSide = null } = collate;
   return { padTokenId, padToMultipleOf, paddingSide };
-}
-
-/** What a step of a `Stepper` gives when the device has done it. */
-export interface WindowRecord extends OptimizerRecord {
-  readonly tokenAccuracy: number;
-  readonly supervisedTokens: number;
-}
-
-function disposeSums(sums: StepSums | undefined): void {
-  sums?.loss.dispose();
-  sums?.correct.dispose();
-}
-
-/** Runs optimizer steps over windows of micro-batches; the part of `train` without data order, schedule and records. */
-export class Stepper {
-  readonly optimizer: AdamW;
-  readonly #model: CausalLM;
-  readonly #parameters: readonly Tensor[];
-  readonly #checkpointing: boolean;
-  readonly #seed: number;
-  /** Number of the running micro-step, for dropout: u32. */
-  readonly #counter: Tensor;
-  /** Number of the next micro-step; it numbers the masks of dropout. */
-  microStep = 0;
-  /** True from the first gradient of a window until the step that takes them. */
-  #collected = false;
-
-  constructor(
-    model: CausalLM,
-    parameters: Iterable<readonly [name: string, parameter: Tensor]>,
-    options: AdamWOptions & { readonly seed?: number; readonly gradient_checkpointing?: boolean },
-  ) {
-    this.#model = model;
-    this.optimizer = new AdamW(parameters, options);
-    this.#parameters = this.optimizer.parameters.map(([, p]) => p);
-    this.#checkpointing = options.gradient_checkpointing === true;
-    this.#seed = options.seed ?? 42;
-    this.#counter = scope(() => keep(this.optimizer.scale.device.zeros([], 'u32'))).tag('optimizer');
-  }
-
-  /**
-   * Gradients of a window: of the sum of token losses over its supervised tokens, times the loss scale. They are the
-   * optimizer's, and are there until the next step or window; the sums belong to the caller.
-   */
-  gradients(window: readonly Batch[]): {
-    readonly grads: readonly Tensor[];
-    readonly sums: StepSums;
-    readonly supervisedTokens: number;
-  } {
-    const supervisedTokens = window.reduce((sum, batch) => sum + batch.supervised, 0);
-    if (supervisedTokens === 0)
-      throw new LorikeetError('no token of an optimizer step is supervised; its loss would be 0 / 0');
-    const { gradients, scale } = this.optimizer;
-    if (this.#collected) this.optimizer.clearGradients();
-    this.#collected = true;
-    let sums: StepSums | undefined;
-    const add = (batch: Batch): void => {
-      const run = valueAndGrad(
-        () => {
-          const { loss, correct } = batchLoss(this.#model, batch, supervisedTokens, {
-            checkpointing: this.#checkpointing,
-          });
-          return [loss, correct];
-        },
-        this.#parameters,
-        { seed: scale, into: gradients },
-      );
-      const [correct] = run.aux;
-      if (sums === undefined) sums = keep({ loss: run.value, correct });
-      else {
-        addInto(sums.loss, run.value);
-        addInto(sums.correct, correct);
-      }
-    };
-    try {
-      for (const batch of window) {
-        const step = this.microStep++;
-        // A micro-batch without supervised tokens adds nothing; the window is normalised as a whole.
-        if (batch.supervised === 0) continue;
-        scale.device.write(this.#counter, new Uint8Array(Uint32Array.of(step).buffer));
-        withTraining({ seed: this.#seed, step, counter: this.#counter }, () => scope(() => add(batch)));
-      }
-    } catch (error) {
-      disposeSums(sums);
-      throw error;
-    }
-    if (sums === undefined) throw new LorikeetError('the window has no batch');
-    return { grads: gradients, sums, supervisedTokens };
-  }
-
-  /** One optimizer step. The promise settles when the device has done it; the host need not wait. */
-  step(window: readonly Batch[]): Promise<WindowRecord> {
-    const { sums, supervisedTokens } = this.gradients(window);
-    let done: Promise<OptimizerRecord>;
-    try {
-      done = this.optimizer.step(sums);
-      this.#collected = false;
-    } finally {
-      disposeSums(sums);
-    }
-    return done.then((record) => ({
-      ...record,
-      tokenAccuracy: record.correct / supervisedTokens,
-      supervisedTokens,
-    }));
-  }
-
-  /** Frees the optimizer's state. */
-  dispose(): void {
-    this.#counter.dispose();
-    this.optimizer.dispose();
-  }
 }
 
 /**
@@ -315,6 +208,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     per_device_eval_batch_size: evalBatchSize = 8,
     gradient_accumulation_steps: accumulation = 1,
     eval_steps = 0,
+    eval_delay = 0,
     eval_on_start = false,
     save_steps = 0,
     save_on_interrupt = false,
@@ -323,17 +217,20 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
   checkExamples(trainDataset, model.vocabSize, 'training');
   if (evalDataset !== undefined) checkExamples(evalDataset, model.vocabSize, 'evaluation');
   const { perEpoch, total } = totalSteps(trainDataset.length, args);
-  const learningRates = scheduleTable({
-    type: args.lr_scheduler_type ?? 'linear',
-    learningRate: args.learning_rate ?? 5e-5,
-    totalSteps: total,
-    ...(args.warmup_steps === undefined ? {} : { warmupSteps: args.warmup_steps }),
-    ...(args.warmup_ratio === undefined ? {} : { warmupRatio: args.warmup_ratio }),
-  });
-  const evalEvery = stepCount(eval_steps, total);
+  const learningRates = scheduleTable(scheduleOptions(args, total));
+  const evalEvery = evalDataset === undefined ? 0 : stepCount(eval_steps, total);
   const saveEvery = stepCount(save_steps, total);
+  checkEvaluations(args, evalEvery, saveEvery);
+  const watch = new EvaluationWatch(args);
   const toBatch = collatorOf(options.collate);
-  const sampler = new BatchSampler(trainDataset.length, { batchSize, seed: args.data_seed ?? seed, shuffle: true });
+  const sampler = new BatchSampler(trainDataset.length, {
+    batchSize,
+    seed: args.data_seed ?? seed,
+    shuffle: true,
+    ...(args.group_by_length === true
+      ? { lengths: trainDataset.map(({ ids }) => ids.length), groupSize: batchSize * accumulation }
+      : {}),
+  });
   const parameters = [...options.parameters];
   let settings: JsonObject | undefined;
   // Not before it is needed, and once: the fingerprint goes over all tokens.
@@ -346,6 +243,16 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
       rows: trainDataset.length,
       train_hash: fingerprint(trainDataset),
       collate: collateSettings(options.collate),
+      ...(followsEvaluations(args) && evalDataset !== undefined
+        ? {
+            evaluations: {
+              eval_steps: evalEvery,
+              eval_delay,
+              per_device_eval_batch_size: evalBatchSize,
+              eval_hash: fingerprint(evalDataset),
+            },
+          }
+        : {}),
     });
   const checkpoint = options.resume === undefined ? undefined : await openTrainerState(options.resume);
   const resumed = checkpoint?.state;
@@ -354,6 +261,8 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     if (resumed !== undefined) {
       checkFixed(resumed.fixed, fixed());
       sampler.restore(resumed.sampler);
+      watch.restore(resumed.evaluations);
+      if (watch.rate !== undefined) learningRates.fill(watch.rate);
       if ((await parametersHash(parameters)) !== resumed.parameters_hash) {
         throw new LorikeetError(
           `${options.resume?.name}: the parameters are not those of this checkpoint; load its weights before going on`,
@@ -440,7 +349,13 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     }
   };
 
-  const saves = (step: number): boolean => saveEvery > 0 && step % saveEvery === 0;
+  /** `better`: an evaluation of this step is the best so far. */
+  const saves = (step: number, better: boolean): boolean => {
+    if (args.save_strategy === 'best') return better;
+    // The last step is always evaluated, so that it may be the best.
+    const last = args.load_best_model_at_end === true && step === total;
+    return saveEvery > 0 && (step % saveEvery === 0 || last);
+  };
 
   /** Nothing may be pending. */
   async function* checkpointOf(step: number, interrupted: boolean): AsyncGenerator<CheckpointRecord, void, undefined> {
@@ -467,6 +382,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
           sampler: sampler.state(),
           best_metric: best.metric,
           best_global_step: best.step,
+          evaluations: watch.state,
           evaluation_due: gaveUp,
           seconds,
           peak_memory_bytes: peakBytes(),
@@ -483,16 +399,25 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
 
   /** What follows a step: records that are still to come, evaluation, checkpoint. */
   async function* after(step: number): AsyncGenerator<TrainRecord, void, undefined> {
-    const evaluates = evalDataset !== undefined && evalEvery > 0 && (step % evalEvery === 0 || step === total);
-    if (!evaluates && !saves(step)) return;
+    const evaluates =
+      evalDataset !== undefined && evalEvery > 0 && step >= eval_delay && (step % evalEvery === 0 || step === total);
+    if (!evaluates && !saves(step, false)) return;
     while (pending.length > 0) yield await settle(pending.shift() ?? pending[0]);
+    let isBest = false;
     if (evaluates) {
       const record = await evaluate(evalDataset, step);
       if (record === undefined) return;
-      if (saves(step) && record.loss < (best.metric ?? Infinity)) best = { metric: record.loss, step };
+      const { value, better, rate } = watch.take(record);
+      isBest = better;
+      if (saves(step, better) && watch.isBetter(value, best.metric)) best = { metric: value, step };
+      if (rate !== undefined) {
+        // No step is under way, and those that are done have told their rates.
+        learningRates.fill(rate);
+        stepper.optimizer.setLearningRates(learningRates);
+      }
       yield record;
     }
-    if (saves(step)) yield* checkpointOf(step, false);
+    if (saves(step, isBest)) yield* checkpointOf(step, false);
   }
 
   try {
@@ -501,7 +426,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
       if (record !== undefined) yield record;
     }
     if (resumed?.evaluation_due === true) yield* after(steps);
-    for (let step = firstStep; step <= total && signal?.aborted !== true; step++) {
+    for (let step = firstStep; step <= total && !watch.stops && signal?.aborted !== true; step++) {
       const window: Batch[] = [];
       // An epoch's last window may be shorter: a step never mixes epochs.
       for (let ended = false; window.length < accumulation && !ended; ) {
@@ -522,11 +447,19 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
       yield* after(step);
     }
     while (pending.length > 0) yield await settle(pending.shift() ?? pending[0]);
-    if (save_on_interrupt && steps > saved && (gaveUp || steps < total)) yield* checkpointOf(steps, true);
+    const early = gaveUp || (steps < total && !watch.stops);
+    if (save_on_interrupt && steps > saved && early) yield* checkpointOf(steps, true);
   } finally {
     writable = false;
     await Promise.allSettled(pending.map(({ done }) => done));
     stepper.dispose();
   }
-  return { steps, totalSteps: total, skippedSteps, aborted: gaveUp || steps < total };
+  return {
+    steps,
+    totalSteps: total,
+    skippedSteps,
+    aborted: gaveUp || (steps < total && !watch.stops),
+    stoppedEarly: steps < total && watch.stops,
+    bestStep: best.step ?? undefined,
+  };
 }

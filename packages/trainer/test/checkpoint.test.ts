@@ -1,13 +1,5 @@
 /** A run that was stopped and gone on with is the run that was not: parameters, moments and records, bit for bit. */
-import {
-  type ByteFolder,
-  encodeFloats,
-  memorySink,
-  type MemorySink,
-  memorySource,
-  scope,
-  type SinkFolder,
-} from '@lorikeet/tensor';
+import { encodeFloats, scope } from '@lorikeet/tensor';
 import { testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import type { SFTConfig, TrainingArguments } from '../src/arguments.js';
@@ -15,6 +7,7 @@ import { optimizerFile, readTrainerState, trainerStateFile } from '../src/checkp
 import { ignoreIndex, type TokenizedExample } from '../src/data.js';
 import { SFTTrainer } from '../src/sft-trainer.js';
 import { train, type TrainOptions, type TrainRecord } from '../src/train.js';
+import { MemoryFolder } from './memory-folder.js';
 import { type TinyLM, tinyLM } from './tiny-lm.js';
 
 const device = await testDevice();
@@ -27,23 +20,6 @@ function example(row: number): TokenizedExample {
 }
 const trainDataset = Array.from({ length: 10 }, (_, row) => example(row));
 const evalDataset = [example(20), example(21)];
-
-/** A folder in memory that can be read again. */
-class MemoryFolder implements SinkFolder, ByteFolder {
-  readonly name = 'memory';
-  readonly files = new Map<string, MemorySink>();
-  create(name: string): Promise<MemorySink> {
-    const sink = memorySink(name);
-    this.files.set(name, sink);
-    return Promise.resolve(sink);
-  }
-  bytes(name: string): Uint8Array {
-    return this.files.get(name)?.bytes() ?? new Uint8Array();
-  }
-  open(name: string): Promise<ReturnType<typeof memorySource> | undefined> {
-    return Promise.resolve(this.files.has(name) ? memorySource(this.bytes(name), name) : undefined);
-  }
-}
 
 type Values = ReadonlyMap<string, Float32Array<ArrayBuffer>>;
 
@@ -247,7 +223,7 @@ describe('what is refused', () => {
     const optimizer = from.folder.bytes(optimizerFile);
     await expect(broken(trainerStateFile, undefined)).rejects.toThrow(/there is no trainer_state.json/);
     await expect(broken(trainerStateFile, state.subarray(0, 100))).rejects.toThrow(/not valid JSON/);
-    await expect(broken(trainerStateFile, new TextEncoder().encode('{"version":1}'))).rejects.toThrow(
+    await expect(broken(trainerStateFile, new TextEncoder().encode('{"version":2}'))).rejects.toThrow(
       /missing: global_step/,
     );
     await expect(broken(optimizerFile, undefined)).rejects.toThrow(/there is no optimizer.safetensors/);
@@ -321,5 +297,43 @@ describe('SFTTrainer', () => {
       second.model.dispose();
     }
     first.model.dispose();
+  });
+
+  it('goes back to the best checkpoint at the end, and logs the first step when told', async () => {
+    const model = await tinyLM(device);
+    const trainer = new SFTTrainer({
+      model,
+      // So high a rate makes it worse sooner or later.
+      args: {
+        ...args,
+        learning_rate: 0.3,
+        lr_scheduler_type: 'constant',
+        eval_steps: 1,
+        save_strategy: 'best',
+        load_best_model_at_end: true,
+        logging_steps: 5,
+        logging_first_step: true,
+      },
+      train_dataset: trainDataset,
+      eval_dataset: evalDataset,
+    });
+    await expect(trainer.train()).rejects.toThrow('needs onCheckpoint');
+    const folders = new Map<number, MemoryFolder>();
+    const output = await trainer.train({
+      onCheckpoint: async (record) => {
+        const folder = new MemoryFolder();
+        await trainer.saveCheckpoint(record, folder);
+        folders.set(record.step, folder);
+      },
+      openCheckpoint: (step) => folders.get(step) ?? new MemoryFolder(),
+    });
+    const evals = trainer.state.log_history.flatMap((entry) => ('eval_loss' in entry ? [entry] : []));
+    const best = evals.reduce((a, b) => (b.eval_loss < a.eval_loss ? b : a));
+    expect(best.step).toBeLessThan(12);
+    expect(output).toMatchObject({ global_step: 12, best_global_step: best.step });
+    expect((await trainer.evaluate()).eval_loss).toBe(best.eval_loss);
+    const logged = trainer.state.log_history.flatMap((entry) => ('loss' in entry ? [entry.step] : []));
+    expect(logged).toEqual([1, 5, 10, 12]);
+    model.dispose();
   });
 });

@@ -2,10 +2,12 @@ import { checkpoint } from '@lorikeet/autograd';
 import {
   type CausalLM,
   Embedding,
+  hashString,
   InitWeights,
   Linear,
   type ModelInput,
   Module,
+  noisyEmbedding,
   RMSNorm,
   trainingContext,
 } from '@lorikeet/nn';
@@ -17,6 +19,7 @@ import {
   dropout,
   dropoutMaskReference,
   linear,
+  noiseReference,
   reshape,
   scope,
   swiglu,
@@ -90,7 +93,7 @@ export class TinyLM extends Module implements CausalLM {
   }
 
   hidden({ ids, spans }: ModelInput, { checkpointing = false }: { readonly checkpointing?: boolean } = {}): Tensor {
-    const x = this.embed.forward(ids, this.dtype);
+    const x = noisyEmbedding(this.embed.forward(ids, this.dtype));
     const y = checkpointing
       ? checkpoint((h, at) => [scope(() => this.#block(h, at))], x, spans)[0]
       : this.#block(x, spans);
@@ -168,14 +171,22 @@ function normed(x: Float64Array, w: Float64Array): Float64Array {
   return y;
 }
 
+/** What a training step is random by: the share of its dropout, and the strength of noise on embedded tokens. */
+interface Training64 {
+  readonly p: number;
+  readonly seed: number;
+  readonly step: number;
+  readonly neftune?: number;
+}
+
 /** Logits [B T, V] in float64, right at real tokens; with the dropout of a training step when one is given. */
-export function logits64(
-  w: Weights64,
-  { ids, spans, B, T }: Batch,
-  training?: { readonly p: number; readonly seed: number; readonly step: number },
-): Float64Array {
+export function logits64(w: Weights64, { ids, spans, B, T }: Batch, training?: Training64): Float64Array {
   const x = new Float64Array(B * T * D);
   ids.forEach((id, i) => x.set(w['embed.weight'].subarray(id * D, (id + 1) * D), i * D));
+  if (training?.neftune !== undefined) {
+    const bound = training.neftune / Math.sqrt(T * D);
+    noiseReference(x.length, { ...training, bound, stream: hashString('neftune') }).forEach((n, i) => (x[i] += n));
+  }
   const n = normed(x, w['norm1.weight']);
   const [q, k, v] = ['q', 'k', 'v'].map((name) => rows(n, w[`${name}.weight`], D));
   const y = new Float64Array(x.length);
@@ -207,11 +218,7 @@ export function logits64(
 }
 
 /** log p of each supervised token of a batch, by row. */
-export function logProbs64(
-  w: Weights64,
-  batch: Batch,
-  training?: { readonly p: number; readonly seed: number; readonly step: number },
-): number[][] {
+export function logProbs64(w: Weights64, batch: Batch, training?: Training64): number[][] {
   const { B, T } = batch;
   const logits = logits64(w, batch, training);
   const V = logits.length / (B * T);

@@ -4,7 +4,8 @@ import { randomArray64, relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import type { TrainingArguments } from '../src/arguments.js';
 import { type Batch, collate, ignoreIndex, type TokenizedExample } from '../src/data.js';
-import { evaluateLoss, type StepRecord, Stepper, train, type TrainOptions, type TrainRecord } from '../src/train.js';
+import { Stepper } from '../src/stepper.js';
+import { evaluateLoss, type StepRecord, train, type TrainOptions, type TrainRecord } from '../src/train.js';
 import { loss64, type TinyLM, tinyLM, type TinyOptions, weights64 } from './tiny-lm.js';
 
 const device = await testDevice();
@@ -387,7 +388,7 @@ describe('train', () => {
       ['step', 6, 7],
       ['eval', 6, 8],
     ]);
-    expect(next.value).toEqual({ steps: 6, totalSteps: 6, skippedSteps: 0, aborted: false });
+    expect(next.value).toEqual({ steps: 6, totalSteps: 6, skippedSteps: 0, aborted: false, stoppedEarly: false });
     model.dispose();
   });
 
@@ -421,7 +422,7 @@ describe('train', () => {
       if (next.value.step === 4) controller.abort();
     }
     expect(seen).toEqual([1, 2, 3, 4, 5, 6]);
-    expect(next.value).toEqual({ steps: 6, totalSteps: 50, skippedSteps: 0, aborted: true });
+    expect(next.value).toEqual({ steps: 6, totalSteps: 50, skippedSteps: 0, aborted: true, stoppedEarly: false });
     expect(device.stats().liveBytes).toBe(before);
     model.dispose();
   });
