@@ -10,6 +10,10 @@ import {
   ia3Config,
   lnTuningConfig,
   loraConfig,
+  prefixTuningConfig,
+  type PrefixTuningInit,
+  promptTuningConfig,
+  type PromptTuningInit,
 } from '@lorikeet/peft';
 import { z } from 'zod';
 import { count, names, text } from './config-types.js';
@@ -64,12 +68,32 @@ export interface BottleneckKeys extends BottleneckSettings {
   name: string;
 }
 
+/** Keys of `prompt_tuning`. */
+export interface PromptTuningKeys {
+  num_virtual_tokens: number;
+  prompt_tuning_init: PromptTuningInit;
+  /** For a start by `TEXT`. */
+  prompt_tuning_init_text: string | null;
+}
+
+/** Keys of `prefix_tuning`. */
+export interface PrefixTuningKeys {
+  num_virtual_tokens: number;
+  /** Trains a network that gives the keys and values. */
+  prefix_projection: boolean;
+  /** Inner size of that network; null means as many as a layer has keys. */
+  encoder_hidden_size: number | null;
+  init_weights: PrefixTuningInit;
+}
+
 /** The keys of each section. */
 export interface AdapterSections {
   lora: LoraKeys;
   ia3: Ia3Keys;
   ln_tuning: LnTuningKeys;
   bottleneck: BottleneckKeys;
+  prompt_tuning: PromptTuningKeys;
+  prefix_tuning: PrefixTuningKeys;
 }
 
 /** Name of a section. */
@@ -186,6 +210,24 @@ const bottleneckSchema: z.ZodType<BottleneckKeys> = z.strictObject(bottleneckSha
   };
 });
 
+const virtualTokensShape = { num_virtual_tokens: count().default(20).describe('a whole number, 1 or more') };
+
+const promptTuningShape = {
+  ...virtualTokensShape,
+  prompt_tuning_init: z
+    .enum(['RANDOM', 'TEXT', 'SAMPLE_VOCAB'])
+    .default('RANDOM')
+    .describe('RANDOM, TEXT or SAMPLE_VOCAB'),
+  prompt_tuning_init_text: text().nullable().default(null).describe('a text'),
+};
+
+const prefixTuningShape = {
+  ...virtualTokensShape,
+  prefix_projection: z.boolean().default(false).describe('true or false'),
+  encoder_hidden_size: count().nullable().default(null).describe('a whole number, 1 or more'),
+  init_weights: z.enum(['near_zero', 'zero', 'normal']).default('near_zero').describe('near_zero, zero or normal'),
+};
+
 const kindNames: Readonly<Record<BottleneckKind, string>> = {
   houlsby: 'Houlsby',
   pfeiffer: 'Pfeiffer',
@@ -244,10 +286,39 @@ const methods: { readonly [Name in AdapterSection]: Method<AdapterSections[Name]
     words: ({ kind, reduction_factor, non_linearity }) =>
       `${kindNames[kind]} bottleneck, reduction ${formatNumber(reduction_factor)}, ${non_linearity}`,
   },
+  prompt_tuning: {
+    title: 'prompt tuning',
+    format: 'PEFT',
+    tokenRows: false,
+    merges: false,
+    shape: promptTuningShape,
+    schema: z.strictObject(promptTuningShape),
+    config: (keys, context) => promptTuningConfig({ ...keys, ...context }),
+    words: ({ num_virtual_tokens: n, prompt_tuning_init: init }) =>
+      `prompt tuning, ${n} virtual tokens, started by ${init}`,
+  },
+  prefix_tuning: {
+    title: 'prefix tuning',
+    format: 'PEFT',
+    tokenRows: false,
+    merges: false,
+    shape: prefixTuningShape,
+    schema: z.strictObject(prefixTuningShape),
+    config: (keys, context) => prefixTuningConfig({ ...keys, ...context }),
+    words: ({ num_virtual_tokens: n, prefix_projection, init_weights: init }) =>
+      `prefix tuning, ${n} virtual tokens${prefix_projection ? ' by a projection' : ''}, started ${init}`,
+  },
 };
 
 /** The sections in the order in which they are shown. */
-export const adapterSections: readonly AdapterSection[] = ['lora', 'ia3', 'ln_tuning', 'bottleneck'];
+export const adapterSections: readonly AdapterSection[] = [
+  'lora',
+  'ia3',
+  'ln_tuning',
+  'bottleneck',
+  'prompt_tuning',
+  'prefix_tuning',
+];
 
 /** Whether a name is that of a section. */
 export function isAdapterSection(name: string): name is AdapterSection {
@@ -270,6 +341,8 @@ export const adapterSchemas: { readonly [Name in AdapterSection]: z.ZodOptional<
   ia3: section('ia3'),
   ln_tuning: section('ln_tuning'),
   bottleneck: section('bottleneck'),
+  prompt_tuning: section('prompt_tuning'),
+  prefix_tuning: section('prefix_tuning'),
 };
 
 /** The adapter that a run asks for. */

@@ -52,6 +52,16 @@ export const noops: Readonly<Record<string, string>> = {
   bnb_4bit_quant_storage: 'it is said of files alone',
   gradient_checkpointing_kwargs: 'checkpointing here has no variants',
   task_type: 'models are trained as causal language models',
+  ...Object.fromEntries(
+    ['prompt_tuning', 'prefix_tuning'].flatMap((section) =>
+      ['token_dim', 'num_layers', 'num_attention_heads', 'num_transformer_submodules'].map((key) => [
+        `${section}.${key}`,
+        'the model says it',
+      ]),
+    ),
+  ),
+  'prompt_tuning.tokenizer_name_or_path': "the model's tokenizer is meant",
+  'prompt_tuning.tokenizer_kwargs': "the model's tokenizer is meant",
   // What an adapter_config.json says beside the settings of its method.
   ...Object.fromEntries(
     adapterSections.flatMap((section) => [

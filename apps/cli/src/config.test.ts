@@ -347,8 +347,20 @@ describe('the section of the adapter', () => {
     ['ia3: {fan_in_fan_out: true}', [], /not supported yet/],
     ['bottleneck: {kind: houlsbi}', [], /bottleneck\.kind must be houlsby, pfeiffer or parallel, not "houlsbi"/],
     ['bottleneck: {kind: pfeiffer, output_adapter: false}', [], /there is no place for an adapter/],
+    ['prompt_tuning: {prompt_tuning_init: TEXT}', [], /prompt_tuning_init_text belong together/],
+    ['prompt_tuning: {prompt_tuning_init_text: a}', [], /prompt_tuning_init_text belong together/],
+    ['prefix_tuning: {encoder_hidden_size: 8}', [], /needs prefix_projection: true/],
     ['bottleneck: {reduction_factor: 0}', [], /bottleneck\.reduction_factor must be a number above 0/],
   ] as const)('%s %j is refused', (text, overrides, pattern) => expect(mistake(text, [...overrides])).toMatch(pattern));
+
+  it('takes the sizes that a file of virtual tokens has, and says what becomes of a projection', () => {
+    const { config, notes } = resolve(
+      'prefix_tuning: {prefix_projection: true, encoder_hidden_size: 8, token_dim: 1024, num_layers: 32}',
+    );
+    expect(config.prefix_tuning).toMatchObject({ num_virtual_tokens: 20, encoder_hidden_size: 8 });
+    expect(notes).toHaveLength(3);
+    expect(notes[2]).toContain('no run can go on from its checkpoints');
+  });
 
   it('a bottleneck has the defaults of its kind', () => {
     const { bottleneck } = resolve('bottleneck: {kind: parallel, scaling: 2}').config;

@@ -382,6 +382,7 @@ function crossCheck(config: Config, reader: Reader): void {
       'mh_adapter and output_adapter are both false; there is no place for an adapter',
     );
   }
+  virtualTokensCheck(config, complain, reader.notes);
   const pad = config.special_tokens.pad_token;
   if (pad !== null && pad === config.special_tokens.eos_token) {
     // Allowed: padding is masked by length, never by id.
@@ -414,6 +415,26 @@ function loraCheck({ lora, load_in_4bit }: Config, complain: (name: string, text
   const odd = [lora.r, ...Object.values(lora.rank_pattern)].find((rank) => rank % 2 !== 0);
   if (named === 'orthogonal' && odd !== undefined) {
     complain('lora.init_lora_weights', `init_lora_weights: orthogonal needs even ranks, not ${odd}`);
+  }
+}
+
+/** Settings of prompts and prefixes that belong together. */
+function virtualTokensCheck(
+  { prompt_tuning: prompt, prefix_tuning: prefix, save_strategy }: Config,
+  complain: (name: string, text: string) => void,
+  notes: string[],
+): void {
+  if (prompt !== undefined && (prompt.prompt_tuning_init === 'TEXT') !== (prompt.prompt_tuning_init_text !== null)) {
+    const needs = 'prompt_tuning_init: TEXT and prompt_tuning_init_text belong together';
+    complain(`prompt_tuning.prompt_tuning_init${prompt.prompt_tuning_init === 'TEXT' ? '' : '_text'}`, needs);
+  }
+  if (prefix?.prefix_projection === false && prefix.encoder_hidden_size !== null) {
+    complain('prefix_tuning.encoder_hidden_size', 'encoder_hidden_size needs prefix_projection: true');
+  }
+  if (prefix?.prefix_projection === true && save_strategy !== 'no') {
+    notes.push(
+      'files hold what the projection of a prefix gives, not the projection: no run can go on from its checkpoints',
+    );
   }
 }
 

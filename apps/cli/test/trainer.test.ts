@@ -1,7 +1,15 @@
 /** `SFTTrainer` over a real decoder: LoRA and full fine-tuning, what is written is what was trained. */
 import { InitWeights } from '@lorikeet/nn';
 import { loadMistral, Mistral, parseMistralConfig } from '@lorikeet/mistral';
-import { loadAdapter, peftConfig } from '@lorikeet/peft';
+import {
+  bottleneckConfig,
+  ia3Config,
+  lnTuningConfig,
+  loadAdapter,
+  peftConfig,
+  prefixTuningConfig,
+  promptTuningConfig,
+} from '@lorikeet/peft';
 import { type ByteFolder, memorySink, memorySource, openCheckpoint, type SinkFolder } from '@lorikeet/tensor';
 import { testDevice } from '@lorikeet/testing';
 import { type SFTConfig, SFTTrainer, scoreCompletions, type TokenizedExample } from '@lorikeet/trainer';
@@ -90,6 +98,35 @@ describe('SFTTrainer over Mistral', () => {
     const wanted = await scoreCompletions(model, examples);
     expect(wanted.logProb.reduce((a, b) => a + b, 0) / -8).toBeCloseTo(after.eval_loss, 5);
     expect(await scoreCompletions(again, examples)).toEqual(wanted);
+    for (const m of [model, again]) m.dispose();
+  });
+
+  it.each([
+    ['(IA)^3', ia3Config(), 0.1],
+    ['norm tuning', lnTuningConfig(), 0.05],
+    ['a bottleneck', bottleneckConfig('pfeiffer', { reduction_factor: 4 }), 0.01],
+    ['prompt tuning', promptTuningConfig({ num_virtual_tokens: 3, prompt_tuning_init: 'SAMPLE_VOCAB' }), 0.1],
+    ['prefix tuning', prefixTuningConfig({ num_virtual_tokens: 3 }), 0.4],
+    ['projected prefix tuning', prefixTuningConfig({ num_virtual_tokens: 3, prefix_projection: true }), 0.05],
+  ] as const)('%s: the loss falls, the written adapter scores as the trained one', async (_, method, learning_rate) => {
+    const model = await fresh();
+    const trainer = new SFTTrainer({
+      model,
+      args: { ...args, num_train_epochs: 12, learning_rate },
+      train_dataset: examples,
+      eval_dataset: examples,
+      peft_config: peftConfig(method),
+    });
+    const before = await trainer.evaluate();
+    await trainer.train();
+    const after = await trainer.evaluate();
+    expect(after.eval_loss).toBeLessThan(0.95 * before.eval_loss);
+    const folder = memoryFolder();
+    await trainer.saveModel(folder);
+    const again = await fresh();
+    await loadAdapter(again, folder);
+    const [wanted, found] = [await scoreCompletions(model, examples), await scoreCompletions(again, examples)];
+    for (const [i, logProb] of wanted.logProb.entries()) expect(found.logProb[i]).toBeCloseTo(logProb, 4);
     for (const m of [model, again]) m.dispose();
   });
 

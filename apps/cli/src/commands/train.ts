@@ -399,6 +399,7 @@ class Run {
     try {
       return await createAdapter(model, config, {
         seed: this.#config.seed,
+        tokenize: (text) => this.#data.tokenizer.encode(text),
         signal,
         onProgress: (done, total) => {
           const start = isLoraConfig(config) ? `${String(config.init_lora_weights)}: ` : '';
