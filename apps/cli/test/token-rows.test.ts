@@ -1,17 +1,13 @@
-/** Trainable token rows in a Mistral model, and published adapters on models of their shape and of another. */
-import { existsSync } from 'node:fs';
-import { join } from 'node:path';
+/** Trainable token rows in a Mistral model. */
 import { meanResize, Mistral, mistralConfig, type MistralOptions } from '@lorikeet/mistral';
 import { type Init, InitWeights, Random, type Weights } from '@lorikeet/nn';
-import { type Adapter, injectAdapter, loadAdapter, loraConfig, type LoraOptions, tokenIndices } from '@lorikeet/peft';
+import { type Adapter, injectAdapter, loraConfig, type LoraOptions, tokenIndices } from '@lorikeet/peft';
 import { keep, reshape, scope, type Tensor } from '@lorikeet/tensor';
-import { openFolder } from '@lorikeet/tensor/node';
-import { sharedDir, testDevice } from '@lorikeet/testing';
+import { testDevice } from '@lorikeet/testing';
 import { type Batch, Stepper } from '@lorikeet/trainer';
 import { describe, expect, it } from 'vitest';
 
 const device = await testDevice();
-const shared = sharedDir();
 
 const words = 40;
 const added = [40, 41, 42, 43];
@@ -144,100 +140,3 @@ it('a list trains the embedding alone, and an untied head keeps the loss of the 
   expect(norms.has('lm_head')).toBe(false);
   model.dispose();
 });
-
-/** One tensor per shape, shared by all layers: a model as deep and wide as the real one in little memory. */
-class SharedWeights implements Weights {
-  readonly #made = new Map<string, Tensor>();
-
-  get(path: string, shape: readonly number[], init: Init): Promise<Tensor> {
-    const key = `${init.kind} ${shape.join()}`;
-    let tensor = this.#made.get(key);
-    if (tensor === undefined) {
-      const size = shape.reduce((n, d) => n * d, 1);
-      const values = new Float32Array(size);
-      for (let i = 0; i < size; i++) values[i] = init.kind === 'ones' ? 1 : Math.sin(i * i + path.length) / 32;
-      tensor = keep(device.fromArray(values, shape, 'f16'));
-      this.#made.set(key, tensor);
-    }
-    return Promise.resolve(tensor.retain());
-  }
-
-  dispose(): void {
-    for (const tensor of this.#made.values()) tensor.dispose();
-  }
-}
-
-const adapters = join(shared ?? '', 'data', 'adapters');
-describe.skipIf(shared === undefined || !existsSync(adapters))(
-  'published adapters (needs the shared data folder)',
-  () => {
-    // TinyLlama's attention; its MLP and vocabulary, which the adapter does not touch, are small here.
-    const tinyLlama: MistralOptions = {
-      vocab_size: 64,
-      hidden_size: 2048,
-      intermediate_size: 64,
-      num_hidden_layers: 22,
-      num_attention_heads: 32,
-      num_key_value_heads: 4,
-      head_dim: 64,
-    };
-    const create = async (options: MistralOptions): Promise<Mistral> => {
-      const weights = new SharedWeights();
-      const model = await Mistral.create(mistralConfig(options), weights, { dtype: 'f16' });
-      weights.dispose();
-      return model;
-    };
-    const batch: Batch = {
-      ids: Int32Array.of(1, 5, 9),
-      labels: Int32Array.of(-100, -100, -100),
-      spans: Int32Array.of(0, 3),
-      B: 1,
-      T: 3,
-      supervised: 0,
-      rows: [0],
-    };
-
-    it('TinyLlama r 4 q+v loads on a model of its shape, changes its logits, and goes', async () => {
-      const model = await create(tinyLlama);
-      const before = await logits(model, batch);
-      const adapter = await loadAdapter(model, openFolder(join(adapters, 'tinyllama-r4-qv')));
-      expect(adapter.layers.size).toBe(44);
-      expect(adapter.trainableReport().trainable).toBe(22 * 4 * (2048 + 2048 + 2048 + 256));
-      const norms = [...(await adapter.updateNorms()).values()];
-      expect(Math.min(...norms)).toBeGreaterThan(0);
-      const after = await logits(model, batch);
-      expect(after).not.toEqual(before);
-      expect(Array.from(after).every(Number.isFinite)).toBe(true);
-      adapter.remove();
-      expect(await logits(model, batch)).toEqual(before);
-      model.dispose();
-    });
-
-    it('on a model of another shape every tensor that does not fit is named', async () => {
-      const model = await create({ ...tinyLlama, num_hidden_layers: 2, num_key_value_heads: 8 });
-      const problem = await loadAdapter(model, openFolder(join(adapters, 'tinyllama-r4-qv'))).catch(String);
-      // Two v_proj.lora_B of another shape, and twenty layers that are not there.
-      expect(problem).toContain('82 tensors do not fit');
-      expect(problem).toContain(
-        'model.layers.1.self_attn.v_proj.lora_B.weight is [256, 4], the model asks for [512, 4]',
-      );
-      for (let i = 2; i < 22; i++) {
-        for (const part of ['q_proj.lora_A', 'q_proj.lora_B', 'v_proj.lora_A', 'v_proj.lora_B']) {
-          expect(problem).toContain(`unexpected "base_model.model.model.layers.${i}.self_attn.${part}.weight"`);
-        }
-      }
-      const before = [...model.namedParameters()].length;
-      const opt = await loadAdapter(model, openFolder(join(adapters, 'opt125m-r16-qv-bf16'))).catch(String);
-      expect(opt).toContain('none of its tensors belongs to this model');
-      expect(opt).toContain('missing base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [16, 2048]');
-      expect(opt).toContain(
-        'unexpected "base_model.model.model.decoder.layers.11.self_attn.v_proj.lora_B.weight" [768, 16]',
-      );
-      await expect(loadAdapter(model, openFolder(join(adapters, 'neox-r1-f16')))).rejects.toThrow(
-        'target_modules ["query_key_value"] matches no module',
-      );
-      expect([...model.namedParameters()]).toHaveLength(before);
-      model.dispose();
-    });
-  },
-);
