@@ -10,6 +10,8 @@ import {
   injectAdapter,
   lnTuningConfig,
   loraConfig,
+  prefixTuningConfig,
+  promptTuningConfig,
 } from '@lorikeet/peft';
 import { type Batch, Stepper } from '@lorikeet/trainer';
 import { keep, planDevice, scope, sum, mul, type Tensor } from '@lorikeet/tensor';
@@ -29,6 +31,8 @@ describe('trainable parameters of Mistral-7B, planned', () => {
     ['DoRA, r 16, all', loraConfig({ r: 16, target_modules: projections, use_dora: true }), 43_319_296],
     ['(IA)^3, default targets', ia3Config(), 524_288],
     ['norm tuning', lnTuningConfig(), 65 * 4096],
+    ['prompt tuning, 20 tokens', promptTuningConfig(), 81_920],
+    ['prefix tuning, 20 tokens', prefixTuningConfig(), 1_310_720],
     ['Houlsby, reduction 16', bottleneckConfig('houlsby'), 134_496_256],
     ['Pfeiffer, reduction 16', bottleneckConfig('pfeiffer'), 67_248_128],
     [
