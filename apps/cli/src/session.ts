@@ -25,6 +25,7 @@ import { readRunConfig } from './run-files.js';
 import { formatBytes, printable } from './text.js';
 import { applyTuning } from './tuning.js';
 import type { Progress } from './ui.js';
+import { describeNorms } from './update-norms.js';
 
 /** Flags that say where things on the hub come from. */
 export interface HubFlags {
@@ -228,6 +229,8 @@ export interface LoadModelOptions {
   readonly dtype?: ConfigDType | undefined;
   /** Storage of the linear layers; as the checkpoint has them where neither is asked for. */
   readonly quantization?: Quantization | undefined;
+  /** Holds what is in 4 bits as the floats that these restore to. */
+  readonly restore?: boolean | undefined;
   /** Rows of embedding and head; new ones are made with the mean of the old. Default: as many as the checkpoint has. */
   readonly vocabSize?: number | undefined;
 }
@@ -240,7 +243,7 @@ export async function loadModel(
   options: LoadModelOptions = {},
 ): Promise<Mistral> {
   const { ui, signal } = context;
-  const { vocabSize = 0, quantization } = options;
+  const { vocabSize = 0, quantization, restore } = options;
   const problem = quantization === 'nf4' ? quantizationProblem(files.config) : undefined;
   if (problem !== undefined) throw new CliError(problem, { where: files.folder });
   const file = await openCheckpointFolder(files.folder);
@@ -249,6 +252,7 @@ export async function loadModel(
     const load = {
       dtype: deviceDType(options.dtype, file),
       quantization,
+      restore,
       signal,
       onWarning: (message: string) => ui.warn(message),
       onProgress: (done: number, total: number) => {
@@ -271,8 +275,8 @@ export interface SessionFlags extends HubFlags, DeviceFlags {
   readonly dtype?: ConfigDType | undefined;
   /** Stores the linear layers in 4 bits. */
   readonly loadIn4bit?: boolean | undefined;
-  /** Restores what the checkpoint has in 4 bits. */
-  readonly dequantize?: boolean | undefined;
+  /** Holds what is in 4 bits as the floats that these restore to. */
+  readonly restore?: boolean | undefined;
 }
 
 /** The files that a command works with, before the device is asked for anything. */
@@ -343,9 +347,13 @@ export async function openSession(context: CommandContext, flags: SessionFlags, 
   }
   const device = await openCommandDevice(flags);
   try {
-    const quantization = flags.loadIn4bit === true ? 'nf4' : flags.dequantize === true ? 'none' : undefined;
-    const model = await loadModel(context, device, files, { dtype: flags.dtype, vocabSize, quantization });
+    const { dtype, restore } = flags;
+    const quantization = flags.loadIn4bit === true ? 'nf4' : restore === true ? 'none' : undefined;
+    const model = await loadModel(context, device, files, { dtype, vocabSize, quantization, restore });
     const adapter = adapterFiles === undefined ? undefined : await loadAdapter(model, openFolder(adapterFiles.folder));
+    if (adapter !== undefined && adapterFiles !== undefined) {
+      context.ui.note(describeNorms(await adapter.updateNorms(), adapterFiles.folder));
+    }
     return { ...found, device, model, adapter, close: () => device.destroy() };
   } catch (error) {
     device.destroy();

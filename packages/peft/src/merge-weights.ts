@@ -15,6 +15,12 @@ export interface WeightMerge {
   merged(name: string, weight: Tensor): Promise<Tensor>;
 }
 
+/** Options of `openWeightMerge`. */
+export interface WeightMergeOptions extends InjectOptions {
+  /** Called for each weight that is changed with the Frobenius norm of what is added to it. */
+  readonly onNorm?: ((path: string, norm: number) => void) | undefined;
+}
+
 /**
  * Opens an adapter for merging. Everything is checked before any weight is asked for: every missing, unexpected and
  * mis-shaped tensor is named at once, and methods that cannot be merged are refused.
@@ -23,7 +29,7 @@ export interface WeightMerge {
 export async function openWeightMerge(
   model: Module,
   folder: ByteFolder,
-  options: InjectOptions = {},
+  options: WeightMergeOptions = {},
 ): Promise<WeightMerge> {
   const adapter = await loadAdapter(model, folder, options);
   adapter.merge();
@@ -44,7 +50,16 @@ export async function openWeightMerge(
       const planned = module.weight;
       module.weight = weight;
       try {
-        (await loadModule(model, folder, path, options)).mergeAndUnload();
+        const one = await loadModule(model, folder, path, options);
+        try {
+          if (options.onNorm !== undefined) {
+            for (const [where, norm] of await one.updateNorms()) options.onNorm(where, norm);
+          }
+        } catch (error) {
+          one.remove();
+          throw error;
+        }
+        one.mergeAndUnload();
         return module.weight;
       } catch (error) {
         module.weight.dispose();

@@ -12,7 +12,7 @@ import { openSession, readAdapterFiles, readModelFiles, readSession, requireToke
 import { formatBytes, formatCount, printable } from '../text.js';
 import type { Progress } from '../ui.js';
 import { writeFolderAtomic } from '../write.js';
-import { checkEmpty, mergeStorage } from './merge.js';
+import { checkEmpty, isBaseIn4bit, mergeStorage } from './merge.js';
 
 /** Storage of a GGUF file's matrices. */
 export type ExportType = 'f16' | 'q8_0' | 'q4_0' | 'f32';
@@ -26,6 +26,8 @@ export interface ExportOptions {
   readonly type?: ExportType;
   /** llama.cpp's name of a pre-tokenizer that is not known here. */
   readonly preTokenizer?: string;
+  /** The base is the one in 4 bits; as the adapter was trained when left out. */
+  readonly loadIn4bit?: boolean;
   readonly revision?: string;
   readonly cacheDir?: string;
   readonly offline?: boolean;
@@ -67,7 +69,8 @@ async function exportModel(context: CommandContext, options: ExportOptions): Pro
   const tokenizer = requireTokenizer(read.tokenizer, read.files.folder);
   const type = storageTypes[options.type ?? 'f16'];
   const { compute } = await mergeStorage(read.files, type === 'F32' ? 'float32' : undefined);
-  const session = await openSession(context, { ...options, dtype: compute, dequantize: true }, read);
+  const loadIn4bit = await isBaseIn4bit(context, read, options.loadIn4bit);
+  const session = await openSession(context, { ...options, dtype: compute, loadIn4bit, restore: true }, read);
   try {
     session.adapter?.mergeAndUnload();
     let progress: Progress | undefined;

@@ -1,32 +1,49 @@
-/** `lorikeet merge`: base and adapter as one model. */
-import { copyFile, readdir, stat } from 'node:fs/promises';
+/** `lorikeet merge`: base and adapter as one model, weight by weight. */
+import { copyFile, readdir, readFile, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import {
   type JsonObject,
-  type Mistral,
-  saveMistral,
+  Mistral,
+  parseMistralConfig,
+  rewriteMistral,
   serializeMistralConfig,
-  type Tokenizer,
   withMistralConfig,
 } from '@lorikeet/mistral';
-import { Random, randomStreams } from '@lorikeet/nn';
-import { keep, reshape, scope } from '@lorikeet/tensor';
-import { createFolder, openCheckpointFolder } from '@lorikeet/tensor/node';
+import { EmptyWeights } from '@lorikeet/nn';
+import { openWeightMerge } from '@lorikeet/peft';
+import { type Device, planDevice } from '@lorikeet/tensor';
+import { createFolder, openCheckpointFolder, openFolder } from '@lorikeet/tensor/node';
 import type { ConfigDType } from '../config.js';
 import type { CommandContext } from '../context.js';
-import { CliError, errorCode, fileError } from '../errors.js';
-import { writeTokenizer } from '../run-files.js';
+import { CliError, errorCode, fileError, UsageError } from '../errors.js';
+import { machineOf } from '../plan.js';
+import { readRunConfig, writeTokenizer } from '../run-files.js';
 import {
+  type AdapterFiles,
   loadModel,
   type ModelFiles,
+  neededVocabSize,
+  openCommandDevice,
   openSession,
   readModelFiles,
   readSession,
-  type Session,
+  requireTokenizer,
+  type SessionFiles,
   weightTypes,
 } from '../session.js';
-import { formatBytes, formatCount, formatNumber, printable } from '../text.js';
+import { formatBytes, formatCount, printable } from '../text.js';
 import type { Progress } from '../ui.js';
+import { describeNorms } from '../update-norms.js';
+import {
+  type Answers,
+  answersOf,
+  compareAnswers,
+  describeVerification,
+  ownPrompts,
+  type Prompts,
+  readPrompts,
+  type Verification,
+} from '../verify.js';
 import { writeFileAtomic, writeFolderAtomic, writeJsonAtomic } from '../write.js';
 
 /** Options of the command. */
@@ -35,85 +52,170 @@ export interface MergeOptions {
   readonly adapter: string;
   readonly output: string;
   readonly verify?: boolean;
+  /** Data file of the prompts to compare on. */
+  readonly verifyPrompts?: string;
+  readonly labels?: readonly string[];
   /** In GB. */
   readonly maxShardSize: number;
   readonly dtype?: ConfigDType;
+  /** The base is the one in 4 bits; as the adapter was trained when left out. */
+  readonly loadIn4bit?: boolean;
+  readonly saveIn4bit?: boolean;
   readonly revision?: string;
   readonly cacheDir?: string;
   readonly offline?: boolean;
 }
 
-/** How far the merged model is from base and adapter. */
-interface Verification {
-  /** Largest absolute difference of a logit. */
-  readonly max_logit_difference: number;
-  /** Norm of the difference over the norm of the logits. */
-  readonly relative_difference: number;
-  /** Positions whose most probable token is another one. */
-  readonly argmax_flips: number;
-  readonly positions: number;
-}
-
 /** Runs the command. */
 export async function runMerge(context: CommandContext, options: MergeOptions): Promise<void> {
   const { ui } = context;
+  const verifies = options.verify === true || options.verifyPrompts !== undefined;
+  if (options.labels !== undefined && options.verifyPrompts === undefined) {
+    throw new UsageError('--labels names the answers to given prompts, and there are none', {
+      fix: 'Add --verify-prompts <file>.',
+    });
+  }
   await checkEmpty(options.output);
   const read = await readSession(context, options);
-  const stored = await mergeStorage(read.files, options.dtype);
-  // The sum has no 4-bit form: what the base has in 4 bits is restored.
-  const session = await openSession(context, { ...options, dtype: stored.compute, dequantize: true }, read);
+  const { files, adapterFiles } = read;
+  if (adapterFiles === undefined) throw new UsageError('no adapter is given');
+  const { dtype, compute } = await mergeStorage(files, options.dtype);
+  const loadIn4bit = await isBaseIn4bit(context, read, options.loadIn4bit);
+  const vocabSize = neededVocabSize(files.config, read.tokenizer, adapterFiles.config);
+  const prompts = verifies ? await promptsOf(context, options, read, vocabSize) : undefined;
+  let before: Answers | undefined;
+  if (prompts !== undefined) {
+    const session = await openSession(context, { ...options, dtype: compute, loadIn4bit }, read);
+    try {
+      before = await answersOf(context, session.model, prompts);
+    } finally {
+      session.close();
+    }
+  }
+  const device = await openCommandDevice();
   try {
+    const merged: Merged = {
+      files,
+      adapterFiles,
+      dtype,
+      loadIn4bit,
+      vocabSize,
+      saveIn4bit: options.saveIn4bit === true,
+      maxShardBytes: Math.round(options.maxShardSize * 1e9),
+    };
     let verification: Verification | undefined;
-    let files: readonly string[] = [];
+    let written: readonly string[] = [];
+    let norms: ReadonlyMap<string, number> = new Map();
     await writeFolderAtomic(options.output, async (folder) => {
-      const prompts = verifyPrompts(session.model, session.tokenizer);
-      const before = options.verify === true ? await logitsOf(context, session.model, prompts) : [];
-      session.adapter?.mergeAndUnload();
-      let progress: Progress | undefined;
-      try {
-        files = await saveMistral(session.model, createFolder(folder), {
-          dtype: stored.dtype,
-          maxShardBytes: Math.round(options.maxShardSize * 1e9),
-          onProgress: (done, total) => {
-            progress ??= ui.progress('writing', { total, format: formatBytes });
-            progress.update(done);
-          },
-          signal: context.signal,
-        });
-      } finally {
-        progress?.done();
-      }
-      await writeSideFiles(folder, session, stored.dtype);
-      if (options.verify !== true) return;
-      session.model.dispose();
-      const merged = await loadModel(context, session.device, await readModelFiles(context, folder), {
-        dtype: stored.compute,
-      });
-      verification = compare(before, await logitsOf(context, merged, prompts), merged.vocabSize);
+      ({ written, norms } = await writeMerged(context, device, folder, merged));
+      ui.note(describeNorms(norms, adapterFiles.folder));
+      await writeSideFiles(folder, merged);
+      if (prompts === undefined || before === undefined) return;
+      const model = await loadModel(context, device, await readModelFiles(context, folder), { dtype: compute });
+      verification = compareAnswers(before, await answersOf(context, model, prompts), { prompts, vocabSize });
     });
     if (ui.json) {
       ui.data({
         output: options.output,
-        dtype: stored.dtype,
-        vocab_size: session.model.vocabSize,
-        files,
+        dtype,
+        in_4bit: merged.saveIn4bit,
+        base_in_4bit: loadIn4bit,
+        vocab_size: vocabSize,
+        files: written,
+        update_norms: Object.fromEntries(norms),
+        peak_bytes: device.stats().peakBytes,
         verification: verification ?? null,
       });
     }
-    ui.line(`merged model saved in ${printable(options.output)} (${stored.dtype}, ${files.join(', ')})`);
-    if (verification !== undefined) {
-      const {
-        max_logit_difference: most,
-        relative_difference: relative,
-        argmax_flips: flips,
-        positions,
-      } = verification;
-      ui.line(
-        `against base and adapter: logits differ by at most ${formatNumber(most)} (relative ${formatNumber(relative)}); ${formatCount(flips)} of ${formatCount(positions)} most probable tokens changed`,
-      );
-    }
+    const stored = merged.saveIn4bit ? `${dtype}, linear layers in 4 bits` : dtype;
+    ui.line(`merged model saved in ${printable(options.output)} (${stored}, ${written.join(', ')})`);
+    if (verification !== undefined) ui.line(describeVerification(verification));
   } finally {
-    session.close();
+    device.destroy();
+  }
+}
+
+/** The prompts to compare on: those of a file, else a few of our own. */
+async function promptsOf(
+  context: CommandContext,
+  { verifyPrompts, labels }: MergeOptions,
+  { files, adapterFiles, tokenizer }: SessionFiles,
+  vocabSize: number,
+): Promise<Prompts> {
+  if (verifyPrompts === undefined) return ownPrompts(vocabSize, tokenizer);
+  const run = adapterFiles === undefined ? undefined : await readRunConfig(adapterFiles.folder);
+  const known = requireTokenizer(tokenizer, files.folder);
+  return readPrompts(context, verifyPrompts, { tokenizer: known, config: run?.config, labels });
+}
+
+/**
+ * Whether an adapter belongs on the base with its linear layers in 4 bits: as the flag says, else as its run had it.
+ * @param wanted the flag
+ */
+export async function isBaseIn4bit(
+  { ui }: CommandContext,
+  { files, adapterFiles }: SessionFiles,
+  wanted: boolean | undefined,
+): Promise<boolean> {
+  if (wanted !== undefined) return wanted;
+  if (files.config.quantization === 'nf4') return true;
+  const run = adapterFiles === undefined ? undefined : await readRunConfig(adapterFiles.folder);
+  const { load_in_4bit: loaded, lora } = run?.config ?? {};
+  if (loaded !== true && lora?.init_lora_weights !== 'loftq') return false;
+  ui.note(
+    'the adapter was trained on the base in 4 bits, so it is merged into what these restore to; --no-load-in-4bit merges it into the weights as they are stored',
+  );
+  return true;
+}
+
+/** What is merged, and how it is stored. */
+interface Merged {
+  readonly files: ModelFiles;
+  readonly adapterFiles: AdapterFiles;
+  readonly dtype: 'F32' | 'F16' | 'BF16';
+  readonly loadIn4bit: boolean;
+  readonly saveIn4bit: boolean;
+  readonly vocabSize: number;
+  readonly maxShardBytes: number;
+}
+
+/** Writes configuration and weights: base and adapter are checked first, and then each weight is read, changed and written. */
+async function writeMerged(
+  { ui, signal }: CommandContext,
+  device: Device,
+  folder: string,
+  { files, adapterFiles, vocabSize, loadIn4bit, ...storage }: Merged,
+): Promise<{ readonly written: readonly string[]; readonly norms: ReadonlyMap<string, number> }> {
+  const grown = withMistralConfig(files.config, { vocab_size: vocabSize });
+  const shape = await Mistral.create(grown, new EmptyWeights(planDevice(machineOf(device)), () => 'f32'));
+  const norms = new Map<string, number>();
+  const change = await openWeightMerge(shape, openFolder(adapterFiles.folder), {
+    onNorm: (path, norm) => norms.set(path, norm),
+  });
+  const file = await openCheckpointFolder(files.folder);
+  let progress: Progress | undefined;
+  const bar = (what: string, format: (amount: number) => string) => (done: number, total: number) => {
+    progress ??= ui.progress(what, { total, format });
+    progress.update(done);
+    if (done < total) return;
+    progress.done();
+    progress = undefined;
+  };
+  try {
+    const written = await rewriteMistral(device, files.config, file, createFolder(folder), {
+      ...storage,
+      change,
+      vocabSize,
+      quantization: loadIn4bit ? 'nf4' : 'none',
+      onWarning: (message) => ui.warn(message),
+      onQuantized: bar('quantising', formatCount),
+      onProgress: bar('merging', formatBytes),
+      signal,
+    });
+    return { written, norms };
+  } finally {
+    progress?.done();
+    await file.close();
   }
 }
 
@@ -129,8 +231,8 @@ export async function checkEmpty(folder: string): Promise<void> {
 }
 
 /**
- * In which type the merged model is stored, and in which it is held on the device. The sum is computed in f32 always.
- * bfloat16 reaches further than float16, so such a checkpoint is held as f32 unless float16 is asked for.
+ * In which type the merged model is stored, and in which a whole one is held on the device. The sum is computed in f32
+ * always. bfloat16 reaches further than float16, so such a checkpoint is held as f32 unless float16 is asked for.
  */
 export async function mergeStorage(
   files: ModelFiles,
@@ -152,107 +254,44 @@ const tokenizerFiles: readonly string[] = [
   'special_tokens_map.json',
   'added_tokens.json',
   'tokenizer.model',
-  'chat_template.jinja',
 ];
 
+/** Files of a chat template that stands beside the tokenizer's settings. */
+const templateFiles: readonly string[] = ['chat_template.jinja', 'chat_template.json'];
+
+/** Copies a file, where there is one, and says whether there was. */
+async function copyOptional(from: string, to: string): Promise<boolean> {
+  if ((await stat(from).catch(() => undefined))?.isFile() !== true) return false;
+  await copyFile(from, to).catch((error: unknown) => {
+    throw fileError(error, from, 'cannot copy');
+  });
+  return true;
+}
+
 /** Tokenizer and generation settings; where the adapter's tokenizer has another end token, they say so. */
-async function writeSideFiles(folder: string, session: Session, dtype: 'F32' | 'F16' | 'BF16'): Promise<void> {
-  const { files, adapterFiles, model } = session;
-  const own = adapterFiles?.tokenizer;
-  for (const name of own === undefined ? tokenizerFiles : ['tokenizer.model', 'chat_template.jinja']) {
-    const from = join(files.folder, name);
+async function writeSideFiles(folder: string, { files, adapterFiles, vocabSize }: Merged): Promise<void> {
+  const own = adapterFiles.tokenizer;
+  for (const name of own === undefined ? tokenizerFiles : ['tokenizer.model']) {
     // With new tokens the SentencePiece file would be another tokenizer.
-    if (name === 'tokenizer.model' && own !== undefined && model.vocabSize !== files.config.vocab_size) continue;
-    if ((await stat(from).catch(() => undefined))?.isFile()) {
-      await copyFile(from, join(folder, name)).catch((error: unknown) => {
-        throw fileError(error, from, 'cannot copy');
-      });
-    }
+    if (name === 'tokenizer.model' && own !== undefined && vocabSize !== files.config.vocab_size) continue;
+    await copyOptional(join(files.folder, name), join(folder, name));
+  }
+  for (const name of templateFiles) {
+    const to = join(folder, name);
+    // The adapter's tokenizer brings its own template, where there is one.
+    if (own !== undefined && (await copyOptional(join(adapterFiles.folder, name), to))) continue;
+    await copyOptional(join(files.folder, name), to);
   }
   if (own !== undefined) await writeTokenizer(folder, own);
   const eos = own?.eosTokenId;
   const changed = eos !== undefined && !files.config.eos_token_id.includes(eos);
   if (changed) {
-    const names = { F32: 'float32', F16: 'float16', BF16: 'bfloat16' } as const;
-    const config = withMistralConfig(model.config, { eos_token_id: [eos], torch_dtype: names[dtype] });
-    await writeFileAtomic(join(folder, 'config.json'), serializeMistralConfig(config));
+    const path = join(folder, 'config.json');
+    const config = parseMistralConfig(await readFile(path, 'utf8'), path);
+    await writeFileAtomic(path, serializeMistralConfig(withMistralConfig(config, { eos_token_id: [eos] })));
   }
   if (files.generationConfig !== undefined) {
     const generation: JsonObject = changed ? { ...files.generationConfig, eos_token_id: eos } : files.generationConfig;
     await writeJsonAtomic(join(folder, 'generation_config.json'), generation);
   }
-}
-
-/** Texts on which the merged model is compared. */
-const verifyTexts: readonly string[] = [
-  'Net sales rose 12 % from the year before, and the operating profit was EUR 3.1 mn.',
-  'The company said that it will lay off 200 people and close one of its plants.',
-  'Instruction: Is this good or bad news?\nInput: Orders fell in the third quarter.\nAnswer:',
-  'Once upon a time, there was a little bird that could sing every song it had heard.',
-];
-
-/** Ids of the fixed texts; without a tokenizer random ids, the same every time. */
-function verifyPrompts(model: Mistral, tokenizer: Tokenizer | undefined): number[][] {
-  if (tokenizer !== undefined) return verifyTexts.map((text) => tokenizer.encode(text));
-  const random = new Random(1, randomStreams.user);
-  return verifyTexts.map(() => Array.from({ length: 32 }, () => Math.floor(random.uniform() * model.vocabSize)));
-}
-
-/** Logits of every position of each prompt. */
-async function logitsOf(
-  { ui, signal }: CommandContext,
-  model: Mistral,
-  prompts: readonly (readonly number[])[],
-): Promise<Float32Array[]> {
-  const { device } = model.model.norm.weight;
-  const progress = ui.progress('comparing', { total: prompts.length });
-  const logits: Float32Array[] = [];
-  try {
-    for (const prompt of prompts) {
-      signal.throwIfAborted();
-      const T = prompt.length;
-      const y = scope(() => {
-        const ids = device.fromArray(prompt, [1, T], 'i32');
-        const hidden = model.hidden({ ids, spans: device.fromArray([0, T], [1, 2], 'i32') });
-        return keep(model.logits(reshape(hidden, [T, model.config.hidden_size])));
-      });
-      logits.push(new Float32Array(await y.read()));
-      y.dispose();
-      progress.update(logits.length);
-    }
-    return logits;
-  } finally {
-    progress.done();
-  }
-}
-
-function compare(before: readonly Float32Array[], after: readonly Float32Array[], vocab: number): Verification {
-  let most = 0;
-  let squares = 0;
-  let base = 0;
-  let flips = 0;
-  let positions = 0;
-  for (const [i, a] of before.entries()) {
-    const b = after[i];
-    for (let at = 0; at < a.length; at += vocab, positions++) {
-      const [rowA, rowB] = [a.subarray(at, at + vocab), b.subarray(at, at + vocab)];
-      let [bestA, bestB] = [0, 0];
-      for (let v = 0; v < vocab; v++) {
-        const difference = Math.abs(rowB[v] - rowA[v]);
-        // A NaN must not pass as no difference.
-        if (!(difference <= most)) most = difference;
-        squares += difference * difference;
-        base += rowA[v] * rowA[v];
-        if (rowA[v] > rowA[bestA]) bestA = v;
-        if (rowB[v] > rowB[bestB]) bestB = v;
-      }
-      if (bestA !== bestB) flips++;
-    }
-  }
-  return {
-    max_logit_difference: most,
-    relative_difference: base === 0 ? 0 : Math.sqrt(squares / base),
-    argmax_flips: flips,
-    positions,
-  };
 }
