@@ -113,88 +113,105 @@ function joined(bs: readonly Tensor[], from: readonly number[], columns: number)
   return all;
 }
 
-/** Every second one from `first` on. */
-const everySecond = <T>(list: readonly T[], first: number): T[] =>
-  list.filter((_, i) => i >= first && (i - first) % 2 === 0);
+/** What `forward` saves, each where the gradients that are wanted need it. */
+interface Saved {
+  readonly x: Tensor | undefined;
+  readonly w: Tensor | undefined;
+  readonly chosen: Tensor | undefined;
+  /** What the terms gave their B, side by side. */
+  readonly xa: Tensor | undefined;
+  readonly as: readonly (Tensor | undefined)[];
+  readonly bs: readonly (Tensor | undefined)[];
+}
+
+const savedList = ({ x, w, chosen, xa, as, bs }: Saved): (Tensor | undefined)[] => [x, w, chosen, xa, ...as, ...bs];
+
+function savedOf([x, w, chosen, xa, ...factors]: readonly (Tensor | undefined)[]): Saved {
+  const terms = factors.length / 2;
+  return { x, w, chosen, xa, as: factors.slice(0, terms), bs: factors.slice(terms) };
+}
 
 function makeOp(terms: number, byRow: boolean): Op<Attrs> {
   const index = Array.from({ length: terms }, (_, i) => i);
+  // Where the inputs' factors begin: a0, b0, a1, b1, ...
+  const first = byRow ? 3 : 2;
+  const placeA = index.map((i) => first + 2 * i);
+  const placeB = index.map((i) => first + 2 * i + 1);
   const factors = index.map((i) => `, a${i}[R${i}, D], b${i}[O, R${i}]`).join('');
-  // Inputs before the first factor.
-  const head = byRow ? 3 : 2;
+
   return defineOp<Attrs>({
     name: 'loraSum',
     contract: `x[..., D], w[O, D]${byRow ? ', chosen[N]' : ''}${factors} -> [..., O]`,
     weights: ['w', ...index.flatMap((i) => [`a${i}`, `b${i}`])],
     quantized: ['w'],
     ...(byRow ? { integers: ['chosen'] } : {}),
+
     forward: (inputs, { attrs: { numbers, scales, dropouts, dtypes }, shapes, needs, wanted }) => {
       const [x, w] = inputs;
       const { device } = x;
       const chosen = byRow ? inputs[2] : undefined;
-      const as = everySecond(inputs, head);
-      const bs = everySecond(inputs, head + 1);
+      const [as, bs] = [placeA, placeB].map((places) => places.map((at) => inputs[at]));
       const { from, columns } = layout(as.map((a) => a.rows));
-      // What every term gives its B, side by side; the scales are in it.
       const xa = device.empty([x.rows, columns], 'f32');
-      as.forEach((a, i) => {
-        const one = device.empty([x.rows, a.rows], 'f32');
+      for (const i of index) {
+        const one = device.empty([x.rows, as[i].rows], 'f32');
         const dropout = dropouts[i];
-        gemm(x, a, one, { transB: true, alpha: scales[i], dropout: dropout && { ...dropout, of: 'a' } });
+        // The scale is in xa, as in loraLinear.
+        gemm(x, as[i], one, { transB: true, alpha: scales[i], dropout: dropout && { ...dropout, of: 'a' } });
         copyColumns(one, xa, from[i], 1, chosen && { chosen, number: numbers[i] });
         one.dispose();
-      });
+      }
       const y = wanted[0] ? device.empty(shapes[0], dtypes[0]) : device.placeholder(shapes[0], dtypes[0]);
       if (wanted[0]) gemm(x, w, y, { transB: true, tail: { a: xa, b: joined(bs, from, columns) } });
-      const factorNeeds = needs.slice(head);
       const [needX, needW] = needs;
-      const needA = everySecond(factorNeeds, 0).includes(true);
-      const needB = everySecond(factorNeeds, 1).includes(true);
-      return {
-        outputs: [y],
-        saved: [
-          needW || needA ? x : undefined,
-          needX ? w : undefined,
-          chosen,
-          needB ? xa : undefined,
-          ...as.map((a) => (needX ? a : undefined)),
-          ...bs.map((b) => (needX || needA ? b : undefined)),
-        ],
-      };
+      const needA = placeA.some((at) => needs[at]);
+      const needB = placeB.some((at) => needs[at]);
+      const saved = savedList({
+        x: needW || needA ? x : undefined,
+        w: needX ? w : undefined,
+        chosen,
+        xa: needB ? xa : undefined,
+        as: as.map((a) => (needX ? a : undefined)),
+        bs: bs.map((b) => (needX || needA ? b : undefined)),
+      });
+      return { outputs: [y], saved };
     },
+
     vjp: ({ dys: [dy], saved, needs, attrs: { numbers, scales, dropouts, dtypes }, shapes, into }) => {
       if (dy === undefined) return [];
       const { device } = dy;
-      const [x, w, chosen, xa] = saved;
-      const as = saved.slice(4, 4 + terms);
-      const bs = saved.slice(4 + terms).filter((b) => b !== undefined);
-      const ranks = index.map((i) => shapes[head + 2 * i][0]);
+      const { x, w, chosen, xa, as, bs } = savedOf(saved);
+      const ranks = placeA.map((at) => shapes[at][0]);
       const { from, columns } = layout(ranks);
-      const grad = (i: number): Tensor => device.empty(shapes[i], dtypes[i]);
       const grads: (Tensor | undefined)[] = shapes.map(() => undefined);
-      if (needs[0] && w !== undefined) {
-        grads[0] = grad(0);
-        gemm(dy, w, grads[0]);
-      }
-      if (needs[1] && x !== undefined) {
-        grads[1] = grad(1);
-        gemm(dy, x, grads[1], { transA: true });
-      }
-      if (bs.length > 0) {
+      const grad = (at: number): Tensor => {
+        const made = into[at] ?? device.empty(shapes[at], dtypes[at]);
+        grads[at] = made;
+        return made;
+      };
+      /** The term's own columns of a matrix of all terms'. */
+      const own = (all: Tensor, i: number, factor = 1): Tensor => {
+        const one = device.empty([dy.rows, ranks[i]], 'f32');
+        copyColumns(all, one, from[i], factor, chosen && { chosen, number: numbers[i] });
+        return one;
+      };
+      const dx = needs[0] ? device.empty(shapes[0], dtypes[0]) : undefined;
+      grads[0] = dx;
+      if (dx !== undefined && w !== undefined) gemm(dy, w, dx);
+      if (needs[1] && x !== undefined) gemm(dy, x, grad(1), { transA: true, accumulate: into[1] !== undefined });
+
+      const held = bs.filter((b) => b !== undefined);
+      if (held.length > 0) {
         // What reaches the bottlenecks, side by side.
         const all = device.empty([dy.rows, columns], 'f32');
-        gemm(dy, joined(bs, from, columns), all);
+        gemm(dy, joined(held, from, columns), all);
         for (const i of index) {
-          const at = head + 2 * i;
-          const [a, dropout, dx] = [as[i], dropouts[i], grads[0]];
+          const [a, at, dropout] = [as[i], placeA[i], dropouts[i]];
           if (!needs[at] && dx === undefined) continue;
-          const g = device.empty([dy.rows, ranks[i]], 'f32');
-          copyColumns(all, g, from[i], scales[i], chosen && { chosen, number: numbers[i] });
+          const g = own(all, i, scales[i]);
           if (needs[at] && x !== undefined) {
-            const target = into[at] ?? grad(at);
             const mask = dropout && ({ ...dropout, of: 'b' } as const);
-            gemm(g, x, target, { transA: true, accumulate: into[at] !== undefined, dropout: mask });
-            grads[at] = target;
+            gemm(g, x, grad(at), { transA: true, accumulate: into[at] !== undefined, dropout: mask });
           }
           if (dx !== undefined && a !== undefined) {
             gemm(g, a, dx, { accumulate: true, dropout: dropout && { ...dropout, of: 'out' } });
@@ -202,17 +219,12 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
           g.dispose();
         }
       }
-      if (xa !== undefined) {
-        for (const i of index) {
-          const at = head + 2 * i + 1;
-          if (!needs[at]) continue;
-          const one = device.empty([dy.rows, ranks[i]], 'f32');
-          copyColumns(xa, one, from[i]);
-          const target = into[at] ?? grad(at);
-          gemm(dy, one, target, { transA: true, accumulate: into[at] !== undefined });
-          grads[at] = target;
-          one.dispose();
-        }
+      for (const i of index) {
+        const at = placeB[i];
+        if (!needs[at] || xa === undefined) continue;
+        const one = own(xa, i);
+        gemm(dy, one, grad(at), { transA: true, accumulate: into[at] !== undefined });
+        one.dispose();
       }
       return grads;
     },
