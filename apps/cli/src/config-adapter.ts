@@ -363,7 +363,12 @@ function adapterIn<Name extends AdapterSection>(sections: ChosenSection, name: N
   if (keys === undefined) return undefined;
   const { title, format, tokenRows, merges, words, config }: Method<AdapterSections[Name]> = methods[name];
   return {
-    ...{ section: name, title, format, tokenRows, merges, words: words(keys) },
+    section: name,
+    title,
+    format,
+    tokenRows,
+    merges,
+    words: words(keys),
     savesModules: 'modules_to_save' in keys,
     modulesToSave: 'modules_to_save' in keys ? (keys.modules_to_save ?? []) : [],
     config: (context) => config(keys, context),

@@ -189,8 +189,13 @@ describe.each(methods)('%s', (name, expected) => {
   });
 
   it('is looked into, copied as PEFT has it, and no file of low-rank updates', async () => {
-    const { kind, parameters } = object(good(await cli(['inspect', at(name), '--json'])).out);
-    expect({ kind, parameters }).toEqual({ kind: 'adapter', parameters: trainable });
+    const report = object(good(await cli(['inspect', at(name), '--json'])).out);
+    expect(report).toMatchObject({ kind: 'adapter', parameters: trainable, adapter: { modules: [] } });
+    const { method, problem } = Object(report['adapter']);
+    expect(method).toBe(
+      file === 'adapter_model.safetensors' ? (await read(name, 'adapter_config.json'))['peft_type'] : 'BOTTLENECK',
+    );
+    expect(problem).toBeUndefined();
     for (const to of ['gguf-lora', 'mlx']) {
       const run = await cli(['export', ...loaded(), '--to', to, '--output', at(`${name}-${to}`)]);
       expect(run.code).toBe(1);

@@ -1,9 +1,10 @@
 /** What `lorikeet inspect` says of an adapter: sizes and spectra of its updates, and how those of two differ. */
 import {
+  type AdapterConfig,
   doraSpectrum,
   effectiveRank,
   frobenius,
-  type LoraConfig,
+  isLoraConfig,
   type LoraUpdate,
   locateUpdates,
   loraSpectrum,
@@ -40,6 +41,8 @@ export interface ModuleReport {
 
 /** What is said of an adapter beyond its tensors. */
 export interface AdapterReport {
+  /** `peft_type`; null where the configuration could not be read. */
+  readonly method: string | null;
   readonly base_model_name_or_path: string | null;
   readonly trainable_parameters: number;
   readonly modules: readonly ModuleReport[];
@@ -52,7 +55,7 @@ export interface AdapterReport {
 /** An adapter's files, opened. */
 export interface OpenedAdapter {
   readonly file: TensorFile;
-  readonly config: LoraConfig | undefined;
+  readonly config: AdapterConfig | undefined;
   /** Why there is no configuration. */
   readonly problem: string | undefined;
 }
@@ -71,7 +74,7 @@ export async function adapterReport(
 ): Promise<AdapterReport> {
   const modules: ModuleReport[] = [];
   const { updates, others, problems } =
-    config === undefined
+    config === undefined || !isLoraConfig(config)
       ? { updates: [], others: [...file.tensors.keys()], problems: [] }
       : locateUpdates(config, file);
   if (problem !== undefined) problems.push(problem);
@@ -102,6 +105,7 @@ export async function adapterReport(
     problems.push(errorMessage(error));
   }
   return {
+    method: config?.peft_type ?? null,
     base_model_name_or_path: config?.base_model_name_or_path ?? null,
     trainable_parameters: [...file.tensors.values()].reduce(
       (sum, { shape }) => sum + shape.reduce((size, d) => size * d, 1),
@@ -130,10 +134,11 @@ export async function compareUpdates(
   first: OpenedAdapter,
   second: OpenedAdapter,
 ): Promise<{ path: string; relative: number }[]> {
-  if (first.config === undefined || second.config === undefined) return [];
-  const kept = new Map(locateUpdates(first.config, first.file).updates.map((located) => [located.path, located]));
+  const [one, other] = [first.config, second.config];
+  if (one === undefined || other === undefined || !isLoraConfig(one) || !isLoraConfig(other)) return [];
+  const kept = new Map(locateUpdates(one, first.file).updates.map((located) => [located.path, located]));
   const updates: { path: string; relative: number }[] = [];
-  for (const located of locateUpdates(second.config, second.file).updates) {
+  for (const located of locateUpdates(other, second.file).updates) {
     const before = kept.get(located.path);
     if (before === undefined || before.inputs !== located.inputs || before.outputs !== located.outputs) continue;
     const [old, now] = [await readUpdate(first.file, before), await readUpdate(second.file, located)];
@@ -150,6 +155,7 @@ export async function compareUpdates(
 /** Prints an adapter's report. */
 export function showAdapter({ ui }: CommandContext, adapter: AdapterReport): void {
   const { dim } = ui.colors;
+  if (adapter.method !== null) ui.line(`method: ${printable(adapter.method)}`);
   ui.line(
     `base model: ${adapter.base_model_name_or_path === null ? 'not named' : printable(adapter.base_model_name_or_path)}`,
   );

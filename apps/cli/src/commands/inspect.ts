@@ -3,7 +3,7 @@ import { createHash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
 import { readFile, stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
-import { parseAdapterConfig, tensorDistance } from '@lorikeet/peft';
+import { type AdapterConfig, adapterWeightsFile, isLoraConfig, parsePeftConfig, tensorDistance } from '@lorikeet/peft';
 import type { TensorInfo } from '@lorikeet/tensor';
 import { openCheckpointFolder, openSafetensorsFile } from '@lorikeet/tensor/node';
 import type { CommandContext } from '../context.js';
@@ -90,7 +90,10 @@ export async function runInspect(
   try {
     other = second === undefined ? undefined : await open(second);
     const all = other === undefined ? [opened] : [opened, other];
-    if (options.model !== undefined && all.some(({ config }) => config?.use_dora === true)) {
+    if (
+      options.model !== undefined &&
+      all.some(({ config }) => config !== undefined && isLoraConfig(config) && config.use_dora)
+    ) {
       base = await openBase(context, options.model, options);
     }
     const reports: InspectReport[] = [];
@@ -151,13 +154,17 @@ async function open(path: string): Promise<Opened> {
       problem: undefined,
     };
   }
-  const file = await openCheckpointFolder(path, { baseName: 'adapter_model' });
+  let config: AdapterConfig | undefined;
+  let problem: string | undefined;
   try {
-    return { path, kind: 'adapter', file, root: path, config: parseAdapterConfig(configText), problem: undefined };
+    config = parsePeftConfig(configText);
   } catch (error) {
-    // An adapter of another method can still be looked at, tensor by tensor.
-    return { path, kind: 'adapter', file, root: path, config: undefined, problem: errorMessage(error) };
+    // An adapter of an unknown method can still be looked at, tensor by tensor.
+    problem = errorMessage(error);
   }
+  const weights = config === undefined ? 'adapter_model.safetensors' : adapterWeightsFile(config);
+  const file = await openCheckpointFolder(path, { baseName: basename(weights, '.safetensors') });
+  return { path, kind: 'adapter', file, root: path, config, problem };
 }
 
 async function report(
