@@ -8,21 +8,21 @@ import {
   encodePrompt,
   evaluateLoss,
   matchLabel,
+  type PromptTemplate,
   rowName,
-  scoreCompletions,
   terminatorOf,
   textFields,
   type TokenizeOptions,
-  tokenizeExample,
 } from '@lorikeet/trainer';
 import { type Config, type ConfigDType, loadConfig, resolveConfig } from '../config.js';
 import type { CommandContext } from '../context.js';
 import type { PlacedRow } from '../data-files.js';
-import { UsageError } from '../errors.js';
+import { type Answer, classesOf, scoreLabels } from '../label-scores.js';
+import { writeTokenLosses } from '../reporting/overview.js';
 import { readRows, runTemplate, tokenizeRows, withSpecialTokens } from '../run-data.js';
 import { readRunConfig } from '../run-files.js';
 import { openSession, readSession, requireTokenizer, type Session } from '../session.js';
-import { formatCount, formatNumber, printable, quoted } from '../text.js';
+import { formatCount, formatNumber, printable, quoted, shellQuoted } from '../text.js';
 import { writeFileAtomic, writeJsonAtomic } from '../write.js';
 
 /** Options of the command. */
@@ -32,6 +32,8 @@ export interface EvalOptions {
   readonly data: string;
   readonly labels?: readonly string[];
   readonly output?: string;
+  /** Rows whose losses token by token are written to `output`. */
+  readonly tokenLosses?: number;
   readonly batchSize: number;
   readonly maxNewTokens: number;
   readonly limit?: number;
@@ -41,18 +43,6 @@ export interface EvalOptions {
   readonly revision?: string;
   readonly cacheDir?: string;
   readonly offline?: boolean;
-}
-
-/** Most different completions that count as classes when no labels are given. */
-const mostClasses = 20;
-
-/** What the model said of one row. */
-interface Answer {
-  /** The text as it was generated, or the chosen label. */
-  readonly text: string;
-  readonly label: string | undefined;
-  /** Probability of each label among the labels, when they were scored. */
-  readonly probabilities?: Readonly<Record<string, number>>;
 }
 
 /** Runs the command. */
@@ -107,7 +97,11 @@ export async function runEval(context: CommandContext, options: EvalOptions): Pr
       ui.note('rows that are one text are answered by free generation; --labels names the classes alone');
     }
     const answers = scored
-      ? await scoreLabels(context, session, rows, tokenize, { labels: classes, batchSize: options.batchSize, pad })
+      ? await scoreLabels(context, session.model, rows, tokenize, {
+          labels: classes,
+          batchSize: options.batchSize,
+          pad,
+        })
       : await generateAnswers(context, session, rows, tokenize, { labels: classes, options, tokenizer });
     const metrics = classificationMetrics(
       truths,
@@ -117,8 +111,15 @@ export async function runEval(context: CommandContext, options: EvalOptions): Pr
     const seconds = (performance.now() - began) / 1000;
     const result = resultOf(options, session, metrics, { loss, scored, truths, seconds });
     if (options.output !== undefined) {
-      await writeFileAtomic(join(options.output, 'predictions.jsonl'), predictionLines(rows, truths, answers));
+      await writeFileAtomic(join(options.output, 'predictions.jsonl'), predictionLines(rows, template, answers));
       await writeJsonAtomic(join(options.output, 'eval_results.json'), result);
+      const { model } = session;
+      const { signal } = context;
+      await writeTokenLosses(
+        options.output,
+        { model, tokenizer, rows, examples, collate: pad, signal },
+        options.tokenLosses,
+      );
     }
     if (ui.json) ui.data(result);
     show(context, options, metrics, result);
@@ -140,58 +141,6 @@ async function templateConfig(
   }
   const own = adapterFolder === undefined ? undefined : await readRunConfig(adapterFolder);
   return (own ?? resolveConfig({})).config;
-}
-
-function classesOf(truths: readonly string[], data: string): string[] {
-  const classes = [...new Set(truths.filter((truth) => truth !== ''))].sort();
-  if (classes.length <= mostClasses) return classes;
-  throw new UsageError(
-    `the rows have ${formatCount(classes.length)} different answers, too many to be classes (at most ${mostClasses})`,
-    { where: data, fix: 'Name the classes with --labels negative,neutral,positive.' },
-  );
-}
-
-/** Chooses for each row the label whose tokens, with the end behind them, are most probable. */
-async function scoreLabels(
-  context: CommandContext,
-  session: Session,
-  rows: readonly PlacedRow[],
-  tokenize: TokenizeOptions,
-  {
-    labels,
-    batchSize,
-    pad,
-  }: { readonly labels: readonly string[]; readonly batchSize: number; readonly pad: { padTokenId: number } },
-): Promise<Answer[]> {
-  const { completionField } = tokenize.template;
-  const candidates = rows.flatMap((row, index) =>
-    labels.map((label) =>
-      tokenizeExample({ ...row, fields: { ...row.fields, [completionField]: label } }, tokenize, index),
-    ),
-  );
-  const progress = context.ui.progress('scoring labels', { total: candidates.length });
-  try {
-    const { logProb } = await scoreCompletions(session.model, candidates, {
-      batchSize,
-      collate: pad,
-      signal: context.signal,
-      onProgress: (done) => progress.update(done),
-    });
-    return rows.map((_, row) => {
-      const scores = Array.from(logProb.subarray(row * labels.length, (row + 1) * labels.length));
-      const best = Math.max(...scores);
-      const weights = scores.map((score) => Math.exp(score - best));
-      const sum = weights.reduce((a, b) => a + b, 0);
-      const label = labels[scores.indexOf(best)];
-      return {
-        text: label,
-        label,
-        probabilities: Object.fromEntries(labels.map((name, i) => [name, weights[i] / sum])),
-      };
-    });
-  } finally {
-    progress.done();
-  }
 }
 
 /** Lets the model answer freely and reads the answers strictly: what is no label is invalid, never mapped to one. */
@@ -325,12 +274,21 @@ function resultOf(
   };
 }
 
-function predictionLines(rows: readonly PlacedRow[], truths: readonly string[], answers: readonly Answer[]): string {
+function predictionLines(rows: readonly PlacedRow[], template: PromptTemplate, answers: readonly Answer[]): string {
   return rows
     .map((row, i) => {
       const { text, label, probabilities } = answers[i];
       const { file, line } = row.source;
-      return `${JSON.stringify({ file, line, label: truths[i], prediction: label ?? null, answer: text, probabilities })}\n`;
+      const fields = textFields(row, template);
+      return `${JSON.stringify({
+        file,
+        line,
+        prompt: template.prompt(fields),
+        label: template.completion(fields).trim(),
+        prediction: label ?? null,
+        answer: text,
+        probabilities,
+      })}\n`;
     })
     .join('');
 }
@@ -391,5 +349,6 @@ function show(context: CommandContext, options: EvalOptions, metrics: Classifica
   if (options.output !== undefined) {
     ui.line();
     ui.line(`eval_results.json and predictions.jsonl are in ${printable(options.output)}`);
+    ui.line(`look at them with: lorikeet dashboard ${shellQuoted(options.output)}`);
   }
 }
