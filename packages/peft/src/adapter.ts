@@ -44,7 +44,10 @@ export interface AdaptedModule extends Module {
   readonly base_layer: Module;
   /** Trainable f32 tensors, each with what follows the module's path in its name in the file, such as `lora_A.weight`. */
   adapterParameters(): Iterable<readonly [name: string, parameter: Tensor]>;
-  /** What a file holds in place of the parameters, where that is something else. */
+  /**
+   * What a file holds in place of the parameters, where that is something else. A module without `importParameters` cannot
+   * take it back: `load` needs what `save` writes with `resumable`.
+   */
   exportedParameters?(): Promise<readonly ExportedParameter[] | undefined>;
   /** The shapes of what `exportedParameters` gives, by name, where it gives something. */
   exportedShapes?(): ReadonlyMap<string, readonly number[]> | undefined;
@@ -382,24 +385,60 @@ export class Adapter {
   async entries(): Promise<TensorEntry[]> {
     this.#expect('entries', 'beside', 'parked', 'merged');
     const entries: TensorEntry[] = [];
-    const add = (name: string, shape: readonly number[], values: Float32Array): void => {
-      entries.push({ name, dtype: 'F32', shape, data: encodeFloats(values, 'F32').bytes });
-    };
     for (const [path, layer] of this.#layers) {
       const exported = (await layer.exportedParameters?.()) ?? (await ownParameters(layer));
-      for (const { name, shape, values } of exported) add(this.#key(path, name), shape, values);
+      for (const { name, shape, values } of exported) entries.push(entryOf(this.#key(path, name), shape, values));
     }
-    for (const [name, tensor] of this.#shared()) add(name, tensor.shape, Float32Array.from(await tensor.read()));
+    for (const [name, tensor] of this.#shared()) entries.push(entryOf(name, tensor.shape, await tensor.read()));
     return entries;
+  }
+
+  /** Parameters of the modules that cannot take back what a file holds in their place. */
+  async #keptEntries(): Promise<TensorEntry[]> {
+    const entries: TensorEntry[] = [];
+    for (const [path, layer] of this.#layers) {
+      if (!exportsForGood(layer)) continue;
+      for (const { name, shape, values } of await ownParameters(layer)) {
+        entries.push(entryOf(this.#key(path, name), shape, values));
+      }
+    }
+    return entries;
+  }
+
+  /** Takes what `#keptEntries` gave. */
+  async #loadKept(folder: ByteFolder): Promise<void> {
+    const stored = [...this.#stored()].filter(({ path }) => exportsForGood(this.#layers.get(path)));
+    const wanted = new Map(stored.map((one) => [one.key, one]));
+    if (wanted.size === 0) return;
+    const source = await folder.open(keptFile);
+    if (source === undefined) {
+      throw new AdapterError(
+        `${folder.name}: there is no ${keptFile}, and the adapter's file does not give its parameters back; checkpoints have it. ` +
+          'loadAdapter goes on from what the file holds',
+      );
+    }
+    const file = await openSafetensors(source);
+    try {
+      checkAdapterKeys(shapesOf(wanted), shapesOf(file.tensors), file.name);
+      for (const [key, { parameter }] of wanted) writeRows(parameter, 0, await file.readFloats(key));
+    } finally {
+      await file.close();
+    }
   }
 
   /**
    * Writes adapter_config.json and adapter_model.safetensors, which PEFT loads. Both become visible only when both are
    * written, so that a failure leaves neither.
-   * @param options `baseModelName`: hub id or folder of the base, for `base_model_name_or_path`; the configuration's when left out
+   * @param options `baseModelName`: hub id or folder of the base, for `base_model_name_or_path`; the configuration's when left
+   *   out. `resumable`: where the values in the file do not give the parameters back, these are written to a file of their own,
+   *   so that `load` can go on from them.
    */
-  async save(folder: SinkFolder, options: { readonly baseModelName?: string } = {}): Promise<void> {
+  async save(
+    folder: SinkFolder,
+    options: { readonly baseModelName?: string; readonly resumable?: boolean } = {},
+  ): Promise<void> {
     const entries = await this.entries();
+    const kept = options.resumable === true ? await this.#keptEntries() : [];
     const config = this.#method.exportConfig?.(this.config) ?? this.config;
     const text = this.#method.serializeConfig(
       {
@@ -417,6 +456,7 @@ export class Adapter {
     };
     try {
       await writeSafetensors(await create(weightsFileOf(this.#method)), entries);
+      if (kept.length > 0) await writeSafetensors(await create(keptFile), kept);
       await (await create('adapter_config.json')).write(new TextEncoder().encode(text));
       // The configuration comes last: a folder is an adapter by having one.
       for (const sink of sinks) await sink.close();
@@ -452,7 +492,8 @@ export class Adapter {
         for (const [name, shape] of shapes) expected.set(this.#key(path, name), shape);
       }
       const found = [...file.tensors].filter(([name]) => !this.#partial || expected.has(name));
-      checkAdapterKeys(expected, new Map(found.map(([name, { shape }]) => [name, shape])), file.name);
+      checkAdapterKeys(expected, shapesOf(found), file.name);
+      await this.#loadKept(folder);
       for (const { key, parameter } of [...stored, ...shared]) {
         const values = await file.readFloats(key);
         writeRows(parameter, 0, values);
@@ -477,6 +518,24 @@ export class Adapter {
     }[this.#state];
     throw new AdapterError(`${call}: the adapter ${now}`);
   }
+}
+
+/** Parameters that the adapter's own file does not give back, beside it. */
+const keptFile = 'adapter_parameters.safetensors';
+
+/** True for a module that cannot take back what a file holds in place of its parameters. */
+function exportsForGood(layer: AdaptedModule | undefined): boolean {
+  return layer?.exportedParameters !== undefined && layer.importParameters === undefined;
+}
+
+function entryOf(name: string, shape: readonly number[], values: ArrayLike<number>): TensorEntry {
+  return { name, dtype: 'F32', shape, data: encodeFloats(Float32Array.from(values), 'F32').bytes };
+}
+
+function shapesOf(
+  tensors: Iterable<readonly [string, { readonly shape: readonly number[] }]>,
+): Map<string, readonly number[]> {
+  return new Map([...tensors].map(([name, { shape }]) => [name, shape]));
 }
 
 async function ownParameters(layer: AdaptedModule): Promise<ExportedParameter[]> {

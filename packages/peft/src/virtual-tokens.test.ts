@@ -267,16 +267,31 @@ describe('the start of a prefix', () => {
   });
 });
 
-it('a projection cannot go on from its file, which holds what it gave', async () => {
+it('a projection goes on from a checkpoint, and without itself from its file, which holds what it gave', async () => {
   const net = new AttentionNet(device);
   const config = prefixTuningConfig({ num_virtual_tokens, prefix_projection: true });
   const adapter = injectAdapter(net, config);
   expect([...adapter.parameters()].map(([, { shape }]) => shape)).toEqual([[3, 8], [8, 8], [8], [32, 8], [32]]);
-  const folder = memoryFolder();
+  await move(adapter);
+  const logits = await net.readLogits();
+  const [folder, checkpoint] = [memoryFolder(), memoryFolder()];
   await adapter.save(folder);
-  await expect(adapter.load(folder)).rejects.toThrow('loadAdapter goes on from it without a projection');
+  await adapter.save(checkpoint, { resumable: true });
+  expect([...folder.files.keys()]).toEqual(['adapter_model.safetensors', 'adapter_config.json']);
+  await expect(adapter.load(folder)).rejects.toThrow('loadAdapter goes on from what the file holds');
   adapter.remove();
-  const again = await loadAdapter(net, folder);
-  expect([...again.parameters()].map(([key, { shape }]) => [key, shape])).toEqual([['prompt_embeddings', [3, 32]]]);
+
+  const again = injectAdapter(net, config);
+  await again.load(checkpoint);
+  expect(await net.readLogits()).toEqual(logits);
+  expect([...again.parameters()]).toHaveLength(5);
+  again.remove();
+
+  for (const from of [folder, checkpoint]) {
+    const plain = await loadAdapter(net, from);
+    expect(await net.readLogits()).toEqual(logits);
+    expect([...plain.parameters()].map(([key, { shape }]) => [key, shape])).toEqual([['prompt_embeddings', [3, 32]]]);
+    plain.remove();
+  }
   net.dispose();
 });

@@ -122,7 +122,10 @@ export interface PrefixProjection {
   readonly outer: readonly [weight: Tensor, bias: Tensor];
 }
 
-/** Keys and values that a network makes of n embeddings: W2 tanh(W1 e + b1) + b2. Files hold the result alone. */
+/**
+ * Keys and values that a network makes of n embeddings: W2 tanh(W1 e + b1) + b2. An adapter file holds the result alone, which
+ * does not give the network back.
+ */
 export class ProjectedPrefixTokens extends TrainedTokens {
   embedding: Tensor;
   inner_weight: Tensor;
@@ -146,7 +149,7 @@ export class ProjectedPrefixTokens extends TrainedTokens {
     return addColumns(linear(h, this.outer_weight), this.outer_bias);
   }
 
-  /** Named as in PEFT's encoder; no file has them. */
+  /** Named as in PEFT's encoder. */
   override *adapterParameters(): Generator<[string, Tensor]> {
     yield ['embedding.weight', this.embedding];
     yield ['transform.0.weight', this.inner_weight];
@@ -164,13 +167,6 @@ export class ProjectedPrefixTokens extends TrainedTokens {
 
   exportedShapes(): ReadonlyMap<string, readonly number[]> {
     return new Map([[virtualTokensKey, this.#shape]]);
-  }
-
-  importParameters(): void {
-    throw new AdapterError(
-      'prefix_projection: a file holds what the projection gave, and its weights cannot be had back from that; loadAdapter ' +
-        'goes on from it without a projection',
-    );
   }
 
   get #shape(): readonly number[] {
