@@ -28,8 +28,8 @@ import { type CheckpointRecord, evaluateLoss, train, type TrainRecord, type Trai
 export interface TrainableAdapter {
   /** f32 tensors by the names under which they are saved. */
   parameters(): Iterable<readonly [name: string, parameter: Tensor]>;
-  /** Writes the adapter's files. */
-  save(folder: SinkFolder): Promise<void>;
+  /** Writes the adapter's files; with `resumable` all that `load` needs, where the files themselves do not say it. */
+  save(folder: SinkFolder, options?: { readonly resumable?: boolean }): Promise<void>;
   /** Takes the values of files that `save` wrote; without it a run cannot go on from a checkpoint. */
   load?(folder: ByteFolder): Promise<void>;
 }
@@ -550,7 +550,7 @@ export class SFTTrainer {
    * @param record the record of the checkpoint, before the next one is asked for
    */
   async saveCheckpoint(record: CheckpointRecord, folder: SinkFolder): Promise<void> {
-    await this.saveModel(folder);
+    await this.#save(folder, true);
     const log_history = this.#state.log_history.map((entry): JsonObject => ({ ...entry }));
     const since_log = this.#sinceLog.map((step): JsonObject => ({ ...step }));
     await record.write(folder, { log_history, since_log, num_tokens: this.#tokens });
@@ -560,10 +560,14 @@ export class SFTTrainer {
    * Writes what was trained: the adapter's files, or all weights of the model in f32 as `model.safetensors` (the model's
    * config and the tokenizer's files are not the trainer's to write).
    */
-  async saveModel(folder: SinkFolder): Promise<void> {
+  saveModel(folder: SinkFolder): Promise<void> {
+    return this.#save(folder, false);
+  }
+
+  async #save(folder: SinkFolder, resumable: boolean): Promise<void> {
     const adapter = await this.#ready();
     if (adapter !== undefined) {
-      await adapter.save(folder);
+      await adapter.save(folder, { resumable });
       return;
     }
     await writeCheckpoint(

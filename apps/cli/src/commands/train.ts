@@ -471,7 +471,7 @@ class Run {
       };
       await writeFileAtomic(join(folder, 'run.yaml'), dumpConfig(resolved));
       await copyFile(join(config.output_dir, 'train_log.jsonl'), join(folder, 'train_log.jsonl'));
-      await adapter.save(createFolder(folder));
+      await adapter.save(createFolder(folder), { resumable: true });
       await record.write(createFolder(folder), caller);
     });
     await rotateCheckpoints(config.output_dir, config.save_total_limit ?? Infinity, {
