@@ -1,10 +1,20 @@
-import { type Array64, array64, checkOp, linear64, map64, randomArray64, testDevice } from '@lorikeet/testing';
+import {
+  type Array64,
+  array64,
+  checkOp,
+  linear64,
+  map64,
+  randomArray64,
+  relativeError,
+  testDevice,
+} from '@lorikeet/testing';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { quantize } from '../quantized.js';
 import { scope } from '../scope.js';
 import type { Tensor } from '../tensor.js';
 import { dropoutMaskReference, type DropoutOptions } from './dropout.js';
+import { linear } from './linear.js';
 import { loraLinear } from './lora-linear.js';
 import { loraSum, loraSumByRowOp, loraSumOp } from './lora-sum.js';
 
@@ -107,7 +117,12 @@ describe('loraSum by row', () => {
       const x = make([N, T, D], 1, dtype);
       const full = make([O, D], 2, weight === 'nf4' ? 'f16' : weight);
       const w = weight === 'nf4' ? quantize(full, 'nf4') : full;
-      const terms = R.map((r, i) => ({ a: make([r, D], 3 + i, 'f32'), b: make([O, r], 5 + i, 'f32'), scale: 0.5 + i, number: numbers[i] }));
+      const terms = R.map((r, i) => ({
+        a: make([r, D], 3 + i, 'f32'),
+        b: make([O, r], 5 + i, 'f32'),
+        scale: 0.5 + i,
+        number: numbers[i],
+      }));
       const zero = { a: terms[0].a, b: device.zeros([O, R[0]]), scale: 1 };
       const mixed = loraSum(x, w, terms, device.fromArray(chosen, [N], 'i32'));
       const alone = [...terms, zero].map(({ a, b, scale }) => loraLinear(x, w, a, b, { scale }));
@@ -115,7 +130,9 @@ describe('loraSum by row', () => {
     });
     const [mixed, ...alone] = await Promise.all(read);
     const row = (y: ArrayLike<number>, i: number): number[] => Array.from(y).slice(i * T * O, (i + 1) * T * O);
-    chosen.forEach((number, i) => expect(row(mixed, i)).toEqual(row(alone[number < 0 ? 2 : numbers.indexOf(number)], i)));
+    chosen.forEach((number, i) =>
+      expect(row(mixed, i)).toEqual(row(alone[number < 0 ? 2 : numbers.indexOf(number)], i)),
+    );
     expect(row(alone[0], 0)).not.toEqual(row(alone[1], 0));
   });
 
@@ -128,5 +145,29 @@ describe('loraSum by row', () => {
       );
       expect(() => loraSum(x, w, [])).toThrow('linear(x, w) is what is left');
     });
+  });
+
+  it('takes more terms than one dispatch puts side by side', async () => {
+    const [N, D, O] = [9, 12, 10];
+    const read = scope(() => {
+      const make = (shape: readonly number[], seed: number): Tensor =>
+        device.fromArray(randomArray64(shape[0] * shape[1], seed), shape);
+      const [x, w] = [make([N, D], 1), make([O, D], 2)];
+      const terms = Array.from({ length: 8 }, (_, i) => ({
+        a: make([i + 1, D], 3 + i),
+        b: make([O, i + 1], 20 + i),
+        scale: 1,
+      }));
+      const chosen = device.fromArray([7, 6, 5, 4, 3, 2, 1, 0, 7], [N], 'i32');
+      const alone = terms.map(({ a, b, scale }) => loraLinear(x, w, a, b, { scale }));
+      return [loraSum(x, w, terms, chosen), loraSum(x, w, terms), linear(x, w), ...alone].map((y) => y.read());
+    });
+    const [byRow, all, base, ...alone] = await Promise.all(read);
+    for (let row = 0; row < N; row++) {
+      const at = [row * O, (row + 1) * O] as const;
+      expect(Array.from(byRow.slice(...at))).toEqual(Array.from(alone[row === 8 ? 7 : 7 - row].slice(...at)));
+    }
+    const sum = Float64Array.from(base, (v, i) => alone.reduce((total, y) => total + y[i] - v, v));
+    expect(relativeError(all, sum)).toBeLessThan(1e-6);
   });
 });

@@ -1,10 +1,10 @@
 /** Several low-rank updates beside one weight, each on all rows of a batch or on rows of its own. */
-import { type DType, pitchOf } from '../dtype.js';
+import type { DType } from '../dtype.js';
 import { LorikeetError, ShapeError } from '../errors.js';
-import { defineKernel, type Kernel } from '../kernel.js';
 import { defineOp, type Op } from '../op.js';
 import type { Tensor } from '../tensor.js';
 import { gemm } from '../wgsl/gemm.js';
+import { joinColumns, sideBySide, takeColumns } from '../wgsl/join-columns.js';
 import { checkDropout, type DropoutOptions } from './dropout.js';
 
 /** One update of `loraSum`: scale B A. */
@@ -26,91 +26,6 @@ interface Attrs {
   readonly scales: readonly number[];
   readonly dropouts: readonly (DropoutOptions | undefined)[];
   readonly dtypes: readonly DType[];
-}
-
-/** Copies the columns of one matrix into another, by quads. */
-function columnsKernel(byRow: boolean): Kernel {
-  return defineKernel({
-    name: byRow ? 'copy_columns_by_row' : 'copy_columns',
-    bindings: { x: 'read', ...(byRow ? { chosen: { access: 'read', width: 1 } as const } : {}), out: 'update' },
-    params: {
-      quads: 'u32',
-      row_quads: 'u32',
-      x_quads: 'u32',
-      from_x: 'u32',
-      out_quads: 'u32',
-      from_out: 'u32',
-      factor: 'f32',
-      ...(byRow ? ({ tokens: 'u32', number: 'i32' } as const) : {}),
-    },
-    workgroupSize: 64,
-    body: `
-fn kernel(group: u32, lane: u32) {
-  let i = group * WORKGROUP + lane;
-  if (i >= P.quads) { return; }
-  let row = i / P.row_quads;
-  let quad = i % P.row_quads;
-  var v = P.factor * x_load4(row * P.x_quads + P.from_x + quad);
-  ${byRow ? 'if (chosen_load(row / P.tokens) != P.number) { v = vec4<f32>(0.0); }' : ''}
-  out_store4(row * P.out_quads + P.from_out + quad, v);
-}`,
-  });
-}
-
-const kernels = { all: columnsKernel(false), byRow: columnsKernel(true) };
-
-/** The rows that a term is for: the others become zero. */
-interface OwnRows {
-  /** i32 [N] */
-  readonly chosen: Tensor;
-  readonly number: number;
-}
-
-/**
- * Copies the columns of the narrower of two matrices, padding included, from or to column `from` of the wider, times a
- * factor.
- */
-function copyColumns(x: Tensor, out: Tensor, from: number, factor = 1, own?: OwnRows): void {
-  const row_quads = Math.min(x.pitch, out.pitch) / 4;
-  const quads = x.rows * row_quads;
-  const narrows = out.pitch < x.pitch;
-  x.device.dispatch(
-    own === undefined ? kernels.all : kernels.byRow,
-    { x, ...(own === undefined ? {} : { chosen: own.chosen }), out },
-    {
-      quads,
-      row_quads,
-      x_quads: x.pitch / 4,
-      from_x: narrows ? from / 4 : 0,
-      out_quads: out.pitch / 4,
-      from_out: narrows ? 0 : from / 4,
-      factor,
-      ...(own === undefined ? {} : { tokens: x.rows / own.chosen.size, number: own.number }),
-    },
-    Math.ceil(quads / 64),
-  );
-}
-
-/**
- * Where the terms' columns lie in a matrix of all of them: each has its own padding behind it. That is zeros, which change
- * no sum, so that a row with one term has the bits that `loraLinear` gives.
- */
-function layout(ranks: readonly number[]): { readonly from: readonly number[]; readonly columns: number } {
-  const from: number[] = [];
-  let columns = 0;
-  for (const rank of ranks) {
-    from.push(columns);
-    columns += pitchOf(rank, 'f32');
-  }
-  return { from, columns };
-}
-
-/** The columns of all terms' B side by side, f32 [O, columns]. */
-function joined(bs: readonly Tensor[], from: readonly number[], columns: number): Tensor {
-  const [first] = bs;
-  const all = first.device.empty([first.rows, columns], 'f32');
-  bs.forEach((b, i) => copyColumns(b, all, from[i]));
-  return all;
 }
 
 /** What `forward` saves, each where the gradients that are wanted need it. */
@@ -151,18 +66,17 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
       const { device } = x;
       const chosen = byRow ? inputs[2] : undefined;
       const [as, bs] = [placeA, placeB].map((places) => places.map((at) => inputs[at]));
-      const { from, columns } = layout(as.map((a) => a.rows));
-      const xa = device.empty([x.rows, columns], 'f32');
-      for (const i of index) {
-        const one = device.empty([x.rows, as[i].rows], 'f32');
+      const inner = as.map((a, i) => {
+        const one = device.empty([x.rows, a.rows], 'f32');
         const dropout = dropouts[i];
         // The scale is in xa, as in loraLinear.
-        gemm(x, as[i], one, { transB: true, alpha: scales[i], dropout: dropout && { ...dropout, of: 'a' } });
-        copyColumns(one, xa, from[i], 1, chosen && { chosen, number: numbers[i] });
-        one.dispose();
-      }
+        gemm(x, a, one, { transB: true, alpha: scales[i], dropout: dropout && { ...dropout, of: 'a' } });
+        return one;
+      });
+      const xa = joinColumns(inner, chosen && { chosen, numbers });
+      for (const one of inner) one.dispose();
       const y = wanted[0] ? device.empty(shapes[0], dtypes[0]) : device.placeholder(shapes[0], dtypes[0]);
-      if (wanted[0]) gemm(x, w, y, { transB: true, tail: { a: xa, b: joined(bs, from, columns) } });
+      if (wanted[0]) gemm(x, w, y, { transB: true, tail: { a: xa, b: joinColumns(bs) } });
       const [needX, needW] = needs;
       const needA = placeA.some((at) => needs[at]);
       const needB = placeB.some((at) => needs[at]);
@@ -182,7 +96,7 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
       const { device } = dy;
       const { x, w, chosen, xa, as, bs } = savedOf(saved);
       const ranks = placeA.map((at) => shapes[at][0]);
-      const { from, columns } = layout(ranks);
+      const { from, columns } = sideBySide(ranks);
       const grads: (Tensor | undefined)[] = shapes.map(() => undefined);
       const grad = (at: number): Tensor => {
         const made = into[at] ?? device.empty(shapes[at], dtypes[at]);
@@ -190,11 +104,8 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
         return made;
       };
       /** The term's own columns of a matrix of all terms'. */
-      const own = (all: Tensor, i: number, factor = 1): Tensor => {
-        const one = device.empty([dy.rows, ranks[i]], 'f32');
-        copyColumns(all, one, from[i], factor, chosen && { chosen, number: numbers[i] });
-        return one;
-      };
+      const own = (all: Tensor, i: number, factor = 1): Tensor =>
+        takeColumns(all, from[i], ranks[i], factor, chosen && { chosen, number: numbers[i] });
       const dx = needs[0] ? device.empty(shapes[0], dtypes[0]) : undefined;
       grads[0] = dx;
       if (dx !== undefined && w !== undefined) gemm(dy, w, dx);
@@ -204,7 +115,7 @@ function makeOp(terms: number, byRow: boolean): Op<Attrs> {
       if (held.length > 0) {
         // What reaches the bottlenecks, side by side.
         const all = device.empty([dy.rows, columns], 'f32');
-        gemm(dy, joined(held, from, columns), all);
+        gemm(dy, joinColumns(held), all);
         for (const i of index) {
           const [a, at, dropout] = [as[i], placeA[i], dropouts[i]];
           if (!needs[at] && dx === undefined) continue;
