@@ -184,10 +184,6 @@ export class AdapterSet {
     this.#adapters.clear();
   }
 
-  [Symbol.dispose](): void {
-    this.dispose();
-  }
-
   #listed(): string {
     return this.#adapters.size === 0 ? 'none' : this.names.map(quoted).join(', ');
   }
