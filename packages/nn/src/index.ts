@@ -3,6 +3,7 @@
  * @packageDocumentation
  */
 export * from './batch.js';
+export * from './calibration.js';
 export * from './layers.js';
 export * from './model.js';
 export * from './module.js';

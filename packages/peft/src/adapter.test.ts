@@ -52,7 +52,7 @@ describe('an adapter', () => {
     expect(() => injectAdapter(model, config)).toThrow('the model has an adapter already (q_proj)');
     adapter.remove();
     for (const [options, message] of [
-      [{ init_lora_weights: 'eva' }, 'init_lora_weights "eva" is not supported yet'],
+      [{ init_lora_weights: 'eva' }, 'use await createAdapter(model, config)'],
       [
         { target_modules: ['embed_tokens', 'q_proj'] },
         'LORA cannot wrap 1 of the modules that target_modules matches: embed_tokens',

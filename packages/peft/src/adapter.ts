@@ -2,7 +2,7 @@
  * The extension point. A PEFT method says how one target module is wrapped; injecting, naming, counting, saving, loading
  * and merging are the same for all of them and live here.
  */
-import { Embedding, Layer, Linear, type Module } from '@lorikeet/nn';
+import { type CalibrationBatch, Embedding, Layer, Linear, type Module } from '@lorikeet/nn';
 import {
   type ByteFolder,
   type ByteSink,
@@ -115,6 +115,25 @@ export interface WrapContext extends MethodContext {
   readonly shared: Readonly<Record<string, Tensor>>;
 }
 
+/** What a method's `calibrate` gets. */
+export interface CalibrationContext {
+  /** As it is before anything is wrapped. */
+  readonly model: Module;
+  /** The data that the caller gave. */
+  readonly data: readonly CalibrationBatch[];
+  readonly seed: number;
+  readonly signal?: AbortSignal | undefined;
+  readonly onProgress?: ((done: number, total: number) => void) | undefined;
+}
+
+/** What a method found in the data. */
+export interface Calibration {
+  /** The configuration to go by. */
+  readonly config: AdapterConfig;
+  /** Gives a wrapped module its start. */
+  initialize(layer: AdaptedModule, context: WrapContext): Promise<void>;
+}
+
 /** A parameter-efficient method. */
 export interface PeftMethod {
   /** `peft_type` in adapter_config.json, such as `LORA`. */
@@ -137,6 +156,12 @@ export interface PeftMethod {
   readonly initializes?: (config: AdapterConfig) => boolean;
   /** Gives a wrapped module its start. */
   readonly initialize?: (layer: AdaptedModule, context: WrapContext) => Promise<void>;
+  /** Looks at data before the targets are wrapped, where the configuration asks for a start from it. */
+  readonly calibrate?: (
+    config: AdapterConfig,
+    targets: readonly string[],
+    context: CalibrationContext,
+  ) => Promise<Calibration | undefined>;
   /** Targets by model type where the configuration names none; those of LoRA when left out. */
   readonly defaultTargets?: Readonly<Record<string, readonly string[]>>;
   /** The paths to wrap, for methods whose configuration has no `target_modules`. */
@@ -172,16 +197,18 @@ export interface InjectOptions {
   readonly seed?: number;
   /** `model_type`, which decides the default targets; default `mistral`. */
   readonly modelType?: string;
+  /** Turns text into token ids, for starts that are made of text: a whole text as the model would get it, first token included. */
+  readonly tokenize?: ((text: string) => readonly number[]) | undefined;
 }
 
 /** Options of `createAdapter`. */
 export interface CreateOptions extends InjectOptions {
-  /** Turns text into token ids, for starts that are made of text: a whole text as the model would get it, first token included. */
-  readonly tokenize?: ((text: string) => readonly number[]) | undefined;
   /** Stops between two modules; the adapter is taken out again then. */
   readonly signal?: AbortSignal | undefined;
-  /** Called with the number of modules whose start is computed, and of all. */
+  /** Called with the number of modules whose start is computed, and of all; where data is looked at, of batches. */
   readonly onProgress?: ((done: number, total: number) => void) | undefined;
+  /** For starts that look at the layers' inputs (EVA). */
+  readonly data?: readonly CalibrationBatch[] | undefined;
 }
 
 /** Modules that some adapter put into a model. */
@@ -579,7 +606,7 @@ export function injectAdapter(model: Module, config: AdapterConfig, options: Inj
 
 /**
  * `injectAdapter` for every configuration, those included whose parameters start from the base's weights (PiSSA, OLoRA,
- * LoftQ, virtual tokens that are words).
+ * LoftQ, virtual tokens that are words) or from data (EVA).
  * @throws AdapterError as `injectAdapter`, and the signal's reason; nothing stays injected then
  */
 export function createAdapter(model: Module, config: AdapterConfig, options: CreateOptions = {}): Promise<Adapter> {
@@ -593,21 +620,76 @@ async function create(
   loading: boolean,
   only?: string,
 ): Promise<Adapter> {
-  const { adapter, contexts } = inject(model, config, options, loading, only);
   const method = methodOf(config.peft_type, '');
-  if (method.initializes?.(config) !== true || method.initialize === undefined) return adapter;
+  const calibration = loading ? undefined : await calibrate(model, config, options);
+  const { adapter, contexts } = inject(model, calibration?.config ?? config, options, loading, only);
+  const initialize = calibration?.initialize ?? (method.initializes?.(config) === true ? method.initialize : undefined);
+  if (initialize === undefined) return adapter;
   try {
     for (const [i, context] of contexts.entries()) {
       options.signal?.throwIfAborted();
       const layer = adapter.layers.get(context.path);
-      if (layer !== undefined && !context.device.planned) await method.initialize(layer, context);
-      options.onProgress?.(i + 1, contexts.length);
+      if (layer !== undefined && !context.device.planned) await initialize(layer, context);
+      if (calibration === undefined) options.onProgress?.(i + 1, contexts.length);
     }
     return adapter;
   } catch (error) {
     adapter.remove();
     throw error;
   }
+}
+
+/** Lets the method look at data; undefined where it has no use for it, or nothing is computed. */
+async function calibrate(
+  model: Module,
+  given: AdapterConfig,
+  options: CreateOptions,
+): Promise<Calibration | undefined> {
+  const method = methodOf(given.peft_type, '');
+  const [first] = model.namedParameters();
+  if (method.calibrate === undefined || first[1].device.planned) return undefined;
+  const config = method.resolveConfig?.(given, model) ?? given;
+  const { targets } = targetsOf(model, config, options);
+  const { seed = 42, data = [], signal, onProgress } = options;
+  return method.calibrate(config, targets, { model, data, seed, signal, onProgress });
+}
+
+/** The paths that a configuration targets, and the modules of the model. @throws AdapterError as `injectAdapter` */
+function targetsOf(
+  model: Module,
+  config: AdapterConfig,
+  options: InjectOptions,
+): {
+  readonly targets: readonly string[];
+  readonly modules: ReadonlyMap<string, Module>;
+  readonly infos: readonly ModuleInfo[];
+} {
+  const method = methodOf(config.peft_type, '');
+  const { modelType = 'mistral' } = options;
+  const modules = new Map([...model.namedModules()].filter(([path]) => path !== ''));
+  for (const [path, module] of modules) {
+    if (adapted.has(module)) {
+      throw new AdapterError(
+        `the model has an adapter already (${path}); take it out with remove() or mergeAndUnload() first`,
+      );
+    }
+  }
+  const infos = [...modules].map(([path, module]) => ({ path, kind: kindOf(module) }));
+  const { defaultTargets } = method;
+  const matching = {
+    modelType,
+    outputHead: 'lm_head',
+    ...(defaultTargets === undefined ? {} : { defaults: defaultTargets }),
+  };
+  const targets = method.targets?.(config, infos) ?? matchModules(config, infos, matching).map(({ path }) => path);
+  const refused = targets.filter((path) => !method.accepts(modules.get(path) ?? model.at(path)));
+  if (refused.length > 0) {
+    throw new AdapterError(
+      `${method.name} cannot wrap ${refused.length} of the modules that target_modules matches: ${someOf(refused)}; name other ` +
+        'modules, or the layers inside them',
+    );
+  }
+  return { targets, modules, infos };
 }
 
 /** @param only path of the one module that is adapted, of those that the configuration targets */
@@ -620,31 +702,9 @@ function inject(
 ): { adapter: Adapter; contexts: readonly WrapContext[] } {
   const method = methodOf(given.peft_type, '');
   const config = method.resolveConfig?.(given, model) ?? given;
-  const { seed = 42, modelType = 'mistral', tokenize } = options;
-  const modules = new Map([...model.namedModules()].filter(([path]) => path !== ''));
-  for (const [path, module] of modules) {
-    if (adapted.has(module)) {
-      throw new AdapterError(
-        `the model has an adapter already (${path}); take it out with remove() or mergeAndUnload() first`,
-      );
-    }
-  }
-  const infos = [...modules].map(([path, module]) => ({ path, kind: kindOf(module) }));
+  const { seed = 42, tokenize } = options;
+  const { targets, modules, infos } = targetsOf(model, config, options);
   const at = (path: string): Module => modules.get(path) ?? model.at(path);
-  const { defaultTargets } = method;
-  const matching = {
-    modelType,
-    outputHead: 'lm_head',
-    ...(defaultTargets === undefined ? {} : { defaults: defaultTargets }),
-  };
-  const targets = method.targets?.(config, infos) ?? matchModules(config, infos, matching).map(({ path }) => path);
-  const refused = targets.filter((path) => !method.accepts(at(path)));
-  if (refused.length > 0) {
-    throw new AdapterError(
-      `${method.name} cannot wrap ${refused.length} of the modules that target_modules matches: ${someOf(refused)}; name other ` +
-        'modules, or the layers inside them',
-    );
-  }
   const tokens = tokenTargets(config, infos, new Set(targets));
   const saved = savedModules(config, infos);
   checkSaved(
@@ -738,8 +798,11 @@ export interface AdapterInjector {
   readonly readsWeights: boolean;
   /** Puts a new adapter into the model, see `injectAdapter`. */
   inject(model: Module): Adapter;
-  /** The same for every start, see `createAdapter`. */
-  create(model: Module): Promise<Adapter>;
+  /**
+   * The same for every start, see `createAdapter`.
+   * @param data for starts that look at the layers' inputs (EVA)
+   */
+  create(model: Module, data?: readonly CalibrationBatch[]): Promise<Adapter>;
 }
 
 /**
@@ -753,7 +816,7 @@ export function peftConfig(adapter: AdapterConfig | LoraOptions = {}, options: I
     config,
     readsWeights: methodOf(config.peft_type, '').initializes?.(config) === true,
     inject: (model) => injectAdapter(model, config, options),
-    create: (model) => createAdapter(model, config, options),
+    create: (model, data) => createAdapter(model, config, { ...options, data }),
   };
 }
 

@@ -55,6 +55,7 @@ export {
   transposed,
   truncated,
 } from './linear-algebra.js';
+export { type EvaOptions, type EvaSettings, evaSettings, type EvaStart, evaStart } from './eva.js';
 export { doraScale, doraScaleOp } from './dora-scale.js';
 export { SavedEmbedding, SavedLinear, SavedNorm } from './saved-module.js';
 export { changeNorm, MergedWeight, storedLike, wideCopy } from './merged-weight.js';

@@ -6,7 +6,7 @@ import { quoted } from '@lorikeet/tensor';
 import { AdapterError, type LoraConfig, loraConfig } from './format.js';
 import { balanced, type HostFactors, hostMatrix, productSvd, truncated } from './linear-algebra.js';
 import type { LoraFile, LoraUpdate } from './lora-file.js';
-import { ranksOf, someOf } from './targets.js';
+import { someOf, withRanks } from './targets.js';
 
 /** How well one module's update is what was asked for. */
 export interface ModuleError {
@@ -285,25 +285,8 @@ export function approximation(
   updates: readonly LoraUpdate[],
   modules: readonly ModuleError[],
 ): LoraApproximation {
-  const counts = new Map<number, number>();
-  for (const { r } of updates) counts.set(r, (counts.get(r) ?? 0) + 1);
-  const [r] = [...counts].reduce((most, entry) => (entry[1] > most[1] ? entry : most));
-  const others = Object.fromEntries(
-    updates.filter((update) => update.r !== r).map((update) => [update.path, update.r]),
-  );
-  const own: LoraConfig = {
-    ...config,
-    r,
-    lora_alpha: r,
-    rank_pattern: others,
-    alpha_pattern: others,
-    use_rslora: false,
-  };
-  const ranks = ranksOf(own);
-  const odd = updates.find(({ path, r: rank }) => ranks(path).r !== rank);
-  if (odd !== undefined) {
-    throw new AdapterError(`rank_pattern cannot say the rank of ${odd.path}: its name is the end of another module's`);
-  }
+  const ranks = new Map(updates.map(({ path, r }) => [path, { r, alpha: r }]));
+  const own = withRanks({ ...config, use_rslora: false }, ranks);
   const norm = Math.hypot(...modules.map((module) => module.norm));
   const error = Math.hypot(...modules.map((module) => module.error));
   return { file: { config: own, updates }, modules, norm, error, relative: error === 0 ? 0 : error / norm };

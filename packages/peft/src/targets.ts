@@ -94,6 +94,39 @@ export function ranksOf(config: LoraConfig): (path: string) => RankAndScaling {
   };
 }
 
+/**
+ * @internal The configuration that gives modules these ranks and alphas: the most frequent ones are its `r` and `lora_alpha`,
+ * the others stand in the patterns under the modules' paths.
+ */
+export function withRanks(
+  config: LoraConfig,
+  ranks: ReadonlyMap<string, Pick<RankAndScaling, 'r' | 'alpha'>>,
+): LoraConfig {
+  const [r, lora_alpha] = (['r', 'alpha'] as const).map((key) => mostFrequent([...ranks.values()].map((v) => v[key])));
+  const others = (key: 'r' | 'alpha', standard: number): Record<string, number> =>
+    Object.fromEntries([...ranks].flatMap(([path, v]) => (v[key] === standard ? [] : [[path, v[key]]])));
+  const own: LoraConfig = {
+    ...config,
+    r,
+    lora_alpha,
+    rank_pattern: others('r', r),
+    alpha_pattern: others('alpha', lora_alpha),
+  };
+  const found = ranksOf(own);
+  const odd = [...ranks].find(([path, { r: rank, alpha }]) => found(path).r !== rank || found(path).alpha !== alpha);
+  if (odd !== undefined) {
+    throw new AdapterError(`rank_pattern cannot say the rank of ${odd[0]}: its name is the end of another module's`);
+  }
+  return own;
+}
+
+function mostFrequent(values: readonly number[]): number {
+  const counts = new Map<number, number>();
+  for (const value of values) counts.set(value, (counts.get(value) ?? 0) + 1);
+  const [[most]] = [...counts].sort((a, b) => b[1] - a[1]);
+  return most;
+}
+
 /** @internal Some of a list of names, for messages. */
 export function someOf(names: readonly string[]): string {
   return `${names.slice(0, 5).join(', ')}${names.length > 5 ? ', …' : ''}`;

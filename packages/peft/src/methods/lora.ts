@@ -4,11 +4,14 @@ import { isQuantized, keep, type Tensor } from '@lorikeet/tensor';
 import {
   type AdaptedModule,
   adapterTensor,
+  type Calibration,
+  type CalibrationContext,
   definePeft,
   type PeftLayer,
   type PeftMethod,
   type WrapContext,
 } from '../adapter.js';
+import { evaSettings, evaStart } from '../eva.js';
 import {
   type AdapterConfig,
   AdapterError,
@@ -17,6 +20,7 @@ import {
   parseAdapterConfig,
   serializeAdapterConfig,
 } from '../format.js';
+import { hostMatrix } from '../linear-algebra.js';
 import { loftqStart, oloraFactors, orthogonalFactors, pissaFactors } from '../lora-init.js';
 import { type LoraLayerOptions, LoraLinear } from '../lora-layer.js';
 import { ranksOf } from '../targets.js';
@@ -34,9 +38,6 @@ function wrap(layer: Module, context: WrapContext): PeftLayer {
   const { r, scaling } = ranksOf(config)(path);
   const [out, width] = layer.weight.shape;
   const init = initOf(config);
-  if (init.kind === 'eva') {
-    throw new AdapterError('init_lora_weights "eva" is not supported yet; use true, "gaussian", "pissa" or "olora"');
-  }
   const factor = (name: string, shape: readonly [number, number], start: Init): Tensor =>
     adapterTensor(device, () => initialValues(`${path}.${name}.weight`, shape[0] * shape[1], start, seed), shape);
   // Kaiming uniform with a = sqrt(5) comes to 1 / sqrt(in).
@@ -93,6 +94,32 @@ async function initialize(layer: AdaptedModule, { config: given, path, seed, loa
   }
 }
 
+/** EVA's look at the data; other starts have no use for it. */
+async function calibrate(
+  given: AdapterConfig,
+  targets: readonly string[],
+  { model, data, ...options }: CalibrationContext,
+): Promise<Calibration | undefined> {
+  const config = settings(given);
+  if (initOf(config).kind !== 'eva') return undefined;
+  if (data.length === 0) {
+    throw new AdapterError(
+      'init_lora_weights "eva" starts from the inputs that the layers have over data: give createAdapter batches (`data`)',
+    );
+  }
+  const start = await evaStart(model, config, targets, data, options);
+  return {
+    config: start.config,
+    initialize: (layer, { path }) => {
+      const a = start.factors.get(path);
+      if (layer instanceof LoraLinear && a !== undefined) {
+        layer.startAt({ a, b: hostMatrix(layer.lora_B.weight.shape[0], a.rows) });
+      }
+      return Promise.resolve();
+    },
+  };
+}
+
 function loftqIterations({ loftq_config: { loftq_iter, loftq_bits } }: LoraConfig): number {
   if (loftq_bits !== undefined && loftq_bits !== 4) {
     throw new AdapterError(
@@ -128,7 +155,13 @@ export const lora: PeftMethod = definePeft({
   wrap,
   parseConfig: parseAdapterConfig,
   serializeConfig: (config) => serializeAdapterConfig(settings(config)),
+  resolveConfig: (config) => {
+    // Its settings are checked where there is no data yet, too.
+    if (initOf(settings(config)).kind === 'eva') evaSettings(settings(config));
+    return config;
+  },
   exportConfig,
-  initializes: (config) => ['pissa', 'olora', 'loftq'].includes(initOf(settings(config)).kind),
+  initializes: (config) => ['pissa', 'olora', 'loftq', 'eva'].includes(initOf(settings(config)).kind),
   initialize,
+  calibrate,
 });
