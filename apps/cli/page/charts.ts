@@ -22,6 +22,8 @@ interface ChartKind {
   /** Name in the log. */
   readonly train: string;
   readonly evaluated?: string;
+  /** Not measured but known: there is nothing to smooth. */
+  readonly exact?: true;
   readonly text: (value: number) => string;
 }
 
@@ -33,10 +35,10 @@ const kinds: readonly ChartKind[] = [
     evaluated: 'eval_mean_token_accuracy',
     text: percent,
   },
-  { title: 'Learning rate', train: 'learning_rate', text: shortNumber },
+  { title: 'Learning rate', train: 'learning_rate', exact: true, text: shortNumber },
   { title: 'Gradient norm', train: 'grad_norm', text: shortNumber },
   { title: 'Tokens a second', train: 'tokens_per_second', text: shortNumber },
-  { title: 'Peak memory', train: 'peak_memory_bytes', text: byteText },
+  { title: 'Peak memory', train: 'peak_memory_bytes', exact: true, text: byteText },
 ];
 
 /** A curve of a chart. */
@@ -48,13 +50,14 @@ interface Drawn {
 }
 
 function drawnCurves(kind: ChartKind, runs: readonly DrawnRun[], { axis, smoothing }: ChartOptions): Drawn[] {
+  const weight = kind.exact === true ? 0 : smoothing;
   return runs.flatMap(({ name, colour, lines }): Drawn[] => {
     const raw = curveOf(lines, kind.train, axis);
     const label = runs.length > 1 ? `${name} ` : '';
     const evaluated = kind.evaluated === undefined ? undefined : curveOf(lines, kind.evaluated, axis);
     return [
-      ...(smoothing > 0 ? [{ label: '', colour, kind: 'raw' as const, curve: raw }] : []),
-      { label: `${label}train`, colour, kind: 'train', curve: { x: raw.x, y: smooth(raw.y, smoothing) } },
+      ...(weight > 0 ? [{ label: '', colour, kind: 'raw' as const, curve: raw }] : []),
+      { label: `${label}train`, colour, kind: 'train', curve: { x: raw.x, y: smooth(raw.y, weight) } },
       ...(evaluated === undefined || evaluated.x.length === 0
         ? []
         : [{ label: `${label}eval`, colour, kind: 'eval' as const, curve: evaluated }]),
@@ -133,7 +136,7 @@ class Chart {
         legend: { show: false },
         scales: { x: { time: false } },
         axes: [
-          { ...axis, values: (_, splits) => splits.map(along) },
+          { ...axis, size: 30, values: (_, splits) => splits.map(along) },
           { ...axis, size: 68, values: (_, splits) => splits.map(text) },
         ],
         cursor: { y: false, drag: { x: true, y: false } },

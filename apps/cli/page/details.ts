@@ -92,7 +92,9 @@ function lossOfTokens(rows: readonly TokenLossRow[]): HTMLElement {
 }
 
 /** Answers that are shown at first, and more with each press. */
-const answersAtOnce = 100;
+const answersAtOnce = 25;
+
+const columns = ['row', 'right answer', 'read as', 'answer'] as const;
 
 function answers({ rows, total }: RunView['predictions']): HTMLElement {
   const wrong = element('input', { type: 'checkbox' });
@@ -121,18 +123,19 @@ function answers({ rows, total }: RunView['predictions']): HTMLElement {
     body.replaceChildren(
       ...found.slice(0, limit).map((row) => {
         const kind = isRight(row) ? 'right' : 'wrong';
+        const cell = (name: string, ...content: readonly (Node | string)[]): HTMLElement =>
+          element('td', { 'data-name': name, class: name === columns[2] ? `text ${kind}` : 'text' }, ...content);
         return element(
           'tr',
           {},
-          element(
-            'td',
-            {},
-            element('div', { class: 'text prompt', title: row.prompt }, row.prompt),
-            element('div', { class: 'quiet text' }, row.where),
+          cell(
+            columns[0],
+            element('div', { class: 'prompt', title: row.prompt }, row.prompt),
+            element('div', { class: 'quiet' }, row.where),
           ),
-          element('td', { class: 'text' }, row.label),
-          element('td', { class: `text ${kind}` }, row.prediction ?? 'invalid'),
-          element('td', { class: 'text' }, row.answer),
+          cell(columns[1], row.label),
+          cell(columns[2], row.prediction ?? 'invalid'),
+          cell(columns[3], element('div', { class: 'prompt', title: row.answer }, row.answer)),
         );
       }),
     );
@@ -148,7 +151,6 @@ function answers({ rows, total }: RunView['predictions']): HTMLElement {
     show();
   });
   show();
-  const head = tableRow('th', ['row', 'right answer', 'read as', 'answer']);
   return section(
     'Predictions',
     element(
@@ -162,7 +164,7 @@ function answers({ rows, total }: RunView['predictions']): HTMLElement {
     element(
       'div',
       { class: 'wide', tabindex: '0', role: 'region', 'aria-label': 'Predictions' },
-      element('table', { class: 'answers' }, element('thead', {}, head), body),
+      element('table', { class: 'answers' }, element('thead', {}, tableRow('th', columns)), body),
     ),
     more,
   );
