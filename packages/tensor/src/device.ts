@@ -27,6 +27,8 @@ export interface DeviceOptions {
    * takes too long (2 s on Windows). Default: not at all.
    */
   readonly maxFlopsPerDispatch?: number;
+  /** Largest buffer in bytes, where the device could bind more: larger matrices lie in parts. For tests. */
+  readonly maxTensorBytes?: number;
   /** Fills every new buffer with NaN bits, so that a kernel that writes too little is caught. For tests. */
   readonly poison?: boolean;
 }
@@ -185,7 +187,7 @@ export class Device {
     this.limits = backend.limits;
     this.#poison = options.poison === true;
     this.#maxFlops = options.maxFlopsPerDispatch ?? Infinity;
-    this.#pool = new BufferPool(backend, options.memoryLimit ?? Infinity);
+    this.#pool = new BufferPool(backend, options.memoryLimit ?? Infinity, options.maxTensorBytes ?? Infinity);
   }
 
   /** Counters since the device was opened. */

@@ -42,17 +42,20 @@ export class BufferPool {
   /** Free buffers by capacity, the oldest last. */
   readonly #free = new Map<number, Storage[]>();
   readonly #budget: number;
+  readonly #most: number;
   #nextId = 1;
 
-  constructor(backend: Backend, budget: number) {
+  /** @param most bytes of a buffer, where the device could bind more */
+  constructor(backend: Backend, budget: number, most: number) {
     this.#backend = backend;
     this.#budget = budget;
+    this.#most = most;
   }
 
   /** Largest buffer that one binding takes whole. */
   get largest(): number {
     const { maxStorageBufferBindingSize, maxBufferSize } = this.#backend.limits;
-    return Math.floor(Math.min(maxStorageBufferBindingSize, maxBufferSize) / 256) * 256;
+    return Math.floor(Math.min(maxStorageBufferBindingSize, maxBufferSize, this.#most) / 256) * 256;
   }
 
   /**
