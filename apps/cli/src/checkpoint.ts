@@ -272,6 +272,8 @@ const freeKeys: ReadonlySet<string> = new Set<keyof Config>([
   'save_on_interrupt',
   'eval_strategy',
   'eval_steps',
+  'eval_delay',
+  'logging_first_step',
   'per_device_eval_batch_size',
   'gradient_checkpointing',
   'memory_limit_gb',

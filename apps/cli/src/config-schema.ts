@@ -1,15 +1,13 @@
 /** The keys of a run file with what each takes and its default, and what a resolved run is. */
 import { z } from 'zod';
 import { adapterSchemas, adapterShapes, type ChosenSection } from './config-adapter.js';
-import { count, isMap, names, share, stepsOrShare, text } from './config-types.js';
+import { trainingShape, type TrainingKeys } from './config-training.js';
+import { count, isMap, names, stepsOrShare, text } from './config-types.js';
 import { type Destination, destinations } from './reporting/reporter.js';
 import { quoted } from './text.js';
 
 /** Element type of the base weights and activations; `auto` follows the checkpoint (16 bit or not). */
 export type ConfigDType = 'auto' | 'float32' | 'float16';
-
-/** When something happens during a run. */
-export type Strategy = 'no' | 'steps' | 'epoch';
 
 /** Special tokens to set or add. */
 export interface SpecialTokens {
@@ -20,7 +18,7 @@ export interface SpecialTokens {
 }
 
 /** A resolved run: every key has a value; null means "not set". */
-export interface Config extends ChosenSection {
+export interface Config extends ChosenSection, TrainingKeys {
   /** Folder or hub id of the base model. */
   model_name_or_path: string | null;
   /** Branch, tag or commit of the base model on the hub. */
@@ -49,11 +47,6 @@ export interface Config extends ChosenSection {
   num_train_epochs: number;
   /** Optimizer steps; -1 means by epochs. */
   max_steps: number;
-  learning_rate: number;
-  lr_scheduler_type: 'linear' | 'cosine' | 'constant' | 'constant_with_warmup';
-  warmup_ratio: number;
-  /** Steps, or a share of all steps when below 1. */
-  warmup_steps: number;
   weight_decay: number;
   adam_beta1: number;
   adam_beta2: number;
@@ -74,11 +67,6 @@ export interface Config extends ChosenSection {
   /** Seed of the split and the order of the rows; null means `seed`. */
   data_seed: number | null;
 
-  eval_strategy: Strategy;
-  /** Steps between evaluations, a share of all steps when below 1; null means `logging_steps`. */
-  eval_steps: number | null;
-  save_strategy: Strategy;
-  save_steps: number;
   /** Most checkpoints that are kept; the newest and the best always are. */
   save_total_limit: number | null;
   /** A checkpoint on Ctrl-C. */
@@ -136,16 +124,7 @@ const topShape = {
     .union([z.literal(-1), count()])
     .default(-1)
     .describe('a whole number, 1 or more, or -1 for "by epochs"'),
-  learning_rate: z.number().positive().default(5e-5).describe('a number above 0'),
-  lr_scheduler_type: z
-    .enum(['linear', 'cosine', 'constant', 'constant_with_warmup'])
-    .default('linear')
-    .describe('linear, cosine, constant or constant_with_warmup'),
-  warmup_ratio: z.number().min(0).max(1).default(0).describe('a number from 0 to 1'),
-  warmup_steps: z
-    .union([z.int().min(0), share()])
-    .default(0)
-    .describe('a whole number, or a share of all steps below 1'),
+  ...trainingShape,
   weight_decay: z.number().min(0).default(0).describe('a number, 0 or more'),
   adam_beta1: z.number().min(0).lt(1).default(0.9).describe('a number from 0 to below 1'),
   adam_beta2: z.number().min(0).lt(1).default(0.999).describe('a number from 0 to below 1'),
@@ -160,10 +139,6 @@ const topShape = {
   seed: z.int().min(0).max(0xffffffff).default(42).describe('a whole number from 0 to 4294967295'),
   data_seed: z.int().min(0).max(0xffffffff).nullable().default(null).describe('a whole number from 0 to 4294967295'),
 
-  eval_strategy: z.enum(['no', 'steps', 'epoch']).default('no').describe('no, steps or epoch'),
-  eval_steps: stepsOrShare().nullable().default(null).describe('a whole number, or a share of all steps below 1'),
-  save_strategy: z.enum(['no', 'steps', 'epoch']).default('steps').describe('no, steps or epoch'),
-  save_steps: stepsOrShare().default(500).describe('a whole number, or a share of all steps below 1'),
   save_total_limit: count().nullable().default(null).describe('a whole number, 1 or more'),
   save_on_interrupt: z.boolean().default(true).describe('true or false'),
   resume_from_checkpoint: z

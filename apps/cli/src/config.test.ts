@@ -193,20 +193,52 @@ describe('resolveConfig', () => {
   it.each([
     'packing: true',
     'load_in_8bit: true',
-    'early_stopping_patience: 3',
-    'load_best_model_at_end: true',
-    'metric_for_best_model: loss',
-    'neftune_noise_alpha: 5',
-    'group_by_length: true',
-    'eval_delay: 10',
     'report_to: [jsonl, wandb]',
     'report_to: mlflow',
-    'lr_scheduler_type: polynomial',
-    'save_strategy: best',
+    'lr_scheduler_type: cosine_warmup_with_min_lr',
+    'loraplus_lr_embedding: 1e-6',
+    'save_only_model: true',
     'bf16: true',
     'lora: {init_lora_weights: eva}',
     'lora: {lora_bias: true}',
   ])('%s is refused as not supported yet', (text) => expect(mistake(text)).toMatch(/not supported yet/));
+
+  it('schedules with settings of their own, and what the schedule knows', () => {
+    const { config } = resolve('lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 3}');
+    expect(config).toMatchObject({ lr_scheduler_type: 'cosine_with_restarts', lr_scheduler_kwargs: { num_cycles: 3 } });
+    expect(resolve(dumpConfig(config)).config).toEqual(config);
+    expect(mistake('learning_rate: 1e-4\nlr_scheduler_kwargs: {power: 2}')).toBe(
+      `run.yaml:2: lr_scheduler_kwargs: "power" is none of linear's, which has none`,
+    );
+    expect(mistake('lr_scheduler_type: cosine_with_min_lr')).toMatch(/needs min_lr or min_lr_rate/);
+    expect(mistake('lr_scheduler_kwargs: [2]')).toMatch(/must be a map with settings of the schedule/);
+  });
+
+  it('what needs evaluations says so, and the best checkpoint needs one where there is an evaluation', () => {
+    for (const asks of [
+      'lr_scheduler_type: reduce_lr_on_plateau',
+      'save_strategy: best',
+      'load_best_model_at_end: true',
+      'early_stopping_patience: 3',
+      'eval_delay: 10',
+    ]) {
+      expect(mistake(asks)).toBe(`run.yaml:1: ${asks} needs evaluations: set eval_strategy to steps or epoch`);
+      const saves = asks.startsWith('save_strategy') ? '' : '\nsave_strategy: epoch';
+      expect(resolve(`${asks}\neval_strategy: epoch${saves}`).config.eval_strategy).toBe('epoch');
+    }
+    const best = 'load_best_model_at_end: true\neval_strategy: steps\neval_steps: 4\n';
+    expect(resolve(`${best}save_steps: 8`).config.load_best_model_at_end).toBe(true);
+    expect(resolve(`${best}save_strategy: best`).config.save_strategy).toBe('best');
+    expect(mistake(`${best}save_steps: 6`)).toMatch(/save_steps \(6\) to be a multiple of eval_steps \(4\)/);
+    expect(mistake(`${best}save_strategy: epoch`)).toMatch(/save_strategy is epoch and eval_strategy steps/);
+    expect(mistake('early_stopping_threshold: 1\neval_strategy: epoch')).toMatch(/needs early_stopping_patience/);
+    expect(mistake('metric_for_best_model: f1')).toMatch(/must be one of loss, eval_loss, mean_token_accuracy/);
+  });
+
+  it('LoRA+ is of LoRA', () => {
+    expect(resolve('loraplus_lr_ratio: 16').config.loraplus_lr_ratio).toBe(16);
+    expect(mistake('loraplus_lr_ratio: 16\nia3: {}')).toMatch(/needs the section lora/);
+  });
 
   it('4 bits: nf4 with double quantisation, which is told where it was not asked for', () => {
     const asked = resolve('load_in_4bit: true\nbnb_4bit_quant_type: nf4\nbnb_4bit_use_double_quant: true');

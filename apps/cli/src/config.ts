@@ -9,11 +9,13 @@ import { type Document, isNode, LineCounter, parseDocument, stringify } from 'ya
 import { type AdapterSection, isAdapterSection } from './config-adapter.js';
 import { active, aliases, later, laterValues, noops, suggestions } from './config-names.js';
 import { type Config, configSchema, isSection, keyNames, keyType } from './config-schema.js';
+import { trainingCheck } from './config-training.js';
 import { isMap } from './config-types.js';
 import { fileError, UsageError } from './errors.js';
 import { quoted } from './text.js';
 
-export type { Config, ConfigDType, SpecialTokens, Strategy } from './config-schema.js';
+export type { Config, ConfigDType, SpecialTokens } from './config-schema.js';
+export type { Strategy } from './config-training.js';
 
 /** A run file with everything resolved. */
 export interface ResolvedConfig {
@@ -313,6 +315,8 @@ function normalise(name: string, value: unknown): unknown {
     if (value === 'none' || (Array.isArray(value) && value.length === 1 && value[0] === 'none')) return [];
     if (typeof value === 'string') return [value];
   }
+  // 0 is how other tools leave these out.
+  if (value === 0 && (name === 'neftune_noise_alpha' || name === 'early_stopping_patience')) return null;
   if (name.endsWith('.target_modules') && typeof value === 'string' && value.toLowerCase() === 'all-linear')
     return 'all-linear';
   return value;
@@ -374,7 +378,10 @@ function crossCheck(config: Config, reader: Reader): void {
   if (has('warmup_ratio') && config.warmup_ratio > 0 && config.warmup_steps > 0) {
     complain('warmup_ratio', 'warmup_ratio and warmup_steps are both set; keep one');
   }
+  trainingCheck(config, complain);
   loraCheck(config, complain);
+  if (config.loraplus_lr_ratio !== null && config.lora === undefined)
+    complain('loraplus_lr_ratio', 'loraplus_lr_ratio is of lora_B, so it needs the section lora');
   const { bottleneck } = config;
   if (bottleneck?.mh_adapter === false && !bottleneck.output_adapter) {
     complain(

@@ -3,13 +3,13 @@ import { type AddedToken, type MistralConfig, type Tokenizer, withMistralConfig 
 import type { AdapterConfig } from '@lorikeet/peft';
 import { isJsonObject } from '@lorikeet/tensor';
 import { openCheckpointFolder } from '@lorikeet/tensor/node';
-import { totalSteps } from '@lorikeet/trainer';
 import type { Config } from './config.js';
 import { type AdapterContext, runAdapter } from './config-adapter.js';
 import { UsageError } from './errors.js';
 import { type PlanSettings, rowSizes } from './plan.js';
 import { type RunData, withSpecialTokens } from './run-data.js';
 import { deviceDType, type ModelFiles, neededVocabSize } from './session.js';
+import { trainingArguments } from './training-arguments.js';
 
 /**
  * The adapter of a run: what the file asks for, and the rows of new tokens.
@@ -113,6 +113,8 @@ export async function planSettings(
     max_length: config.max_length,
     gradient_checkpointing: config.gradient_checkpointing,
     steps: plannedSteps(config, data) ?? 0,
+    loraplus_lr_ratio: config.loraplus_lr_ratio,
+    neftune_noise_alpha: config.neftune_noise_alpha,
     per_device_eval_batch_size: heldOut ? config.per_device_eval_batch_size : 0,
     ...(data === undefined
       ? {}
@@ -122,9 +124,6 @@ export async function planSettings(
 
 /** Optimizer steps of the run, if they follow from what is known. */
 export function plannedSteps(config: Config, data: RunData | undefined): number | undefined {
-  if (data !== undefined) {
-    const { eval_steps: _evalSteps, data_seed: _dataSeed, ...args } = config;
-    return totalSteps(data.train.examples.length, args).total;
-  }
+  if (data !== undefined) return trainingArguments(config, data.train.examples.length).total;
   return config.max_steps > 0 ? config.max_steps : undefined;
 }

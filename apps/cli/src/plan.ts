@@ -39,6 +39,8 @@ export interface PlanSettings {
   readonly gradient_checkpointing: boolean;
   /** Optimizer steps of the run, of which a table of learning rates is kept. */
   readonly steps: number;
+  readonly loraplus_lr_ratio?: number | null;
+  readonly neftune_noise_alpha?: number | null;
   /** Rows of an evaluation's batch; 0 where nothing is held out. */
   readonly per_device_eval_batch_size: number;
   /** The rows of the data; where they are not known, all have `max_length` tokens and all of them are trained. */
@@ -153,6 +155,8 @@ class Rehearsal {
     this.#stepper = new Stepper(model, adapter.parameters(), {
       learningRates: new Float32Array(Math.max(1, settings.steps)),
       gradient_checkpointing: settings.gradient_checkpointing,
+      loraplus_lr_ratio: settings.loraplus_lr_ratio,
+      neftune_noise_alpha: settings.neftune_noise_alpha,
       lossScale: settings.dtype === 'f16' ? {} : undefined,
     });
     this.#device = this.#stepper.optimizer.scale.device;

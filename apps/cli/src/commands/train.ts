@@ -12,17 +12,21 @@ import {
   fingerprint,
   previewRow,
   scheduleWarnings,
+  scheduleOptions,
   type StepRecord,
   type TokenizedExample,
-  totalSteps,
   train,
   type TrainingArguments,
   warmupStepCount,
+  type TrainOptions as TrainerOptions,
+  type TrainRecord,
+  type TrainResult,
 } from '@lorikeet/trainer';
 import type { Overview } from '../../page/types.js';
 import {
   baseIdentity,
   checkpointPath,
+  checkpointDamage,
   compareConfigs,
   findCheckpoint,
   isCheckpoint,
@@ -66,6 +70,7 @@ import {
 } from '../session.js';
 import { formatBytes, formatCount, formatDuration, formatNumber, printable, quoted, shellQuoted } from '../text.js';
 import type { Progress } from '../ui.js';
+import { stepsOf, trainingArguments } from '../training-arguments.js';
 import { version, versions } from '../version.js';
 import { writeFileAtomic } from '../write.js';
 
@@ -271,11 +276,6 @@ export async function trainOn(context: CommandContext, device: Device, run: Prep
   }
 }
 
-/** Steps between two events: a number, or a share of all steps when below 1. */
-function stepsOf(value: number, total: number): number {
-  return value < 1 ? Math.max(1, Math.ceil(value * total)) : value;
-}
-
 /** Steps without one finite gradient after which a run is given up. */
 const hopelessSteps = 25;
 
@@ -304,29 +304,16 @@ class Run {
     this.#from = run.from;
     this.#device = device;
     this.#plan = plan;
-    const { special_tokens: _tokens, data_seed, eval_steps, ...plain } = config;
-    const args = { ...plain, ...(data_seed === null ? {} : { data_seed }) };
-    const { perEpoch, total } = totalSteps(run.data.train.examples.length, args);
+    const { args, total } = trainingArguments(config, run.data.train.examples.length);
+    this.#args = args;
     this.#total = total;
-    const every = stepsOf(eval_steps ?? config.logging_steps, total);
-    this.#args = {
-      ...args,
-      eval_steps: { no: 0, steps: every, epoch: perEpoch }[config.eval_strategy],
-      save_steps: { no: 0, steps: stepsOf(config.save_steps, total), epoch: perEpoch }[config.save_strategy],
-    };
   }
 
   async go(): Promise<void> {
     const { ui } = this.#context;
     const config = this.#config;
     const { tokenizer, added, validation } = this.#data;
-    const schedule = {
-      type: config.lr_scheduler_type,
-      learningRate: config.learning_rate,
-      totalSteps: this.#total,
-      warmupSteps: config.warmup_steps,
-      warmupRatio: config.warmup_ratio,
-    };
+    const schedule = scheduleOptions(this.#args, this.#total);
     for (const warning of scheduleWarnings(schedule)) ui.warn(warning);
     const model = await loadModel(this.#context, this.#device, this.#files, {
       dtype: config.fp16 ? 'float16' : config.dtype,
@@ -372,11 +359,12 @@ class Run {
         : new CliError('no step ran');
     }
     // Saved before it is measured: an evaluation that fails or is stopped costs no training.
-    let after = course.evaluation;
-    await this.#save(model, adapter, last, { before, after });
+    const ending = { last, stoppedEarly: course.stoppedEarly, best: await this.#goBack(adapter, course) };
+    let after = ending.best === undefined ? course.evaluation : undefined;
+    await this.#save(model, adapter, ending, { before, after });
     if (after === undefined && validation !== undefined && !signal.aborted) {
       after = await this.#evaluate(model, validation.examples, collate);
-      await this.#save(model, adapter, last, { before, after });
+      await this.#save(model, adapter, ending, { before, after });
     }
     await this.#writeReport(model, collate);
     this.#finish(last, { before, after });
@@ -393,6 +381,30 @@ class Run {
   }
 
   /** A start that is computed from the weights takes its time, and says so. */
+  /** Gives the adapter the values of the best checkpoint, if the run asks for that; the step, where it is not the last. */
+  async #goBack(adapter: Adapter, { last, bestStep }: Course): Promise<number | undefined> {
+    const { ui, signal } = this.#context;
+    if (!this.#config.load_best_model_at_end || signal.aborted || bestStep === undefined) return undefined;
+    if (bestStep === last?.step) {
+      ui.line('the last step has the best checkpoint');
+      return undefined;
+    }
+    // A run that goes on from elsewhere may have left it there.
+    const folders = [this.#config.output_dir, ...(this.#from === undefined ? [] : [dirname(this.#from.path)])];
+    const damage: string[] = [];
+    for (const path of new Set(folders.map((folder) => checkpointPath(folder, bestStep)))) {
+      const found = await checkpointDamage(path);
+      if (found === undefined) {
+        await adapter.load(openFolder(path));
+        ui.line(`the adapter is that of the best checkpoint, of step ${bestStep}: ${printable(path)}`);
+        return bestStep;
+      }
+      damage.push(`${printable(path)}: ${printable(found)}`);
+    }
+    ui.warn(`the best checkpoint cannot be read (${damage.join('; ')}); the adapter is that of the last step`);
+    return undefined;
+  }
+
   async #makeAdapter(model: Mistral, config: AdapterConfig): Promise<Adapter> {
     const { ui, signal } = this.#context;
     let progress: Progress | undefined;
@@ -633,7 +645,7 @@ class Run {
     };
     const { validation, train: trained } = this.#data;
     try {
-      for await (const record of train({
+      for await (const record of running({
         model,
         parameters: adapter.parameters(),
         args: this.#args,
@@ -643,6 +655,10 @@ class Run {
         signal,
         resume: from === undefined ? undefined : openFolder(from.path),
         onEvalProgress: (rows, total) => {
+    let result: TrainResult | undefined;
+    const running = async function* (options: TrainerOptions): AsyncGenerator<TrainRecord, void, undefined> {
+      result = yield* train(options);
+    };
           evalBar ??= ui.progress('evaluating', { total });
           evalBar.update(rows);
         },
@@ -650,7 +666,7 @@ class Run {
         if (record.kind === 'eval') {
           evalBar?.done();
           evalBar = undefined;
-          evaluation = record.step === this.#total ? record : undefined;
+          evaluation = record;
           const entry = evalEntry(record);
           await reporter.eval(entry);
           if (ui.json) ui.data({ event: 'eval', ...entry });
@@ -680,7 +696,10 @@ class Run {
             },
           );
         }
-        if (step % every === 0 || step === this.#total) await logSteps(record);
+        // It is of the step before.
+        evaluation = undefined;
+        const logs = step % every === 0 || step === this.#total || (step === 1 && this.#config.logging_first_step);
+        if (logs) await logSteps(record);
       }
       // Not before the checkpoint, whose log is that of a run that was not stopped.
       if (unlogged !== undefined) await logSteps(unlogged);
@@ -688,13 +707,19 @@ class Run {
       evalBar?.done();
       progress.done();
     }
-    return { last, evaluation, saved };
+    const { stoppedEarly = false, bestStep } = result ?? {};
+    if (stoppedEarly) {
+      ui.line(
+        `stopped early: the last ${this.#config.early_stopping_patience} evaluations were no better than the best one`,
+      );
+    }
+    return { last, evaluation, saved, stoppedEarly, bestStep };
   }
 
   async #save(
     model: Mistral,
     adapter: Adapter,
-    last: Progressed,
+    { last, stoppedEarly, best }: Ending,
     { before, after }: { before: Evaluation | undefined; after: Evaluation | undefined },
   ): Promise<void> {
     const config = this.#config;
@@ -736,7 +761,9 @@ class Run {
       }),
       ...(after === undefined ? {} : { evaluation: { before: results(before), after: results(after) } }),
       record: {
-        status: last.step < this.#total ? 'interrupted' : 'done',
+        status: last.step < this.#total && !stoppedEarly ? 'interrupted' : 'done',
+        ...(stoppedEarly ? { stopped_early: true } : {}),
+        ...(best === undefined ? {} : { best_step: best }),
         started: this.#from?.progress.started ?? this.#started.toISOString(),
         seconds,
         ...(resumed.length === 0 ? {} : { resumed_from_steps: resumed }),
@@ -864,6 +891,18 @@ interface Training {
   readonly adapter: Adapter;
   readonly collate: CollateOptions;
   readonly reporter: Reporter;
+  /** Early stopping ended it. */
+  readonly stoppedEarly: boolean;
+  /** Step of the best checkpoint. */
+  readonly bestStep: number | undefined;
+}
+
+/** What is said of the end of a run. */
+interface Ending {
+  readonly last: Progressed;
+  readonly stoppedEarly: boolean;
+  /** Step of the checkpoint that the adapter was taken back to. */
+  readonly best: number | undefined;
   readonly before: Evaluation | undefined;
 }
 
