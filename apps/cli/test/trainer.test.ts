@@ -2,10 +2,12 @@
 import { InitWeights } from '@lorikeet/nn';
 import { loadMistral, Mistral, parseMistralConfig } from '@lorikeet/mistral';
 import {
+  type AdapterConfig,
   bottleneckConfig,
   ia3Config,
   lnTuningConfig,
   loadAdapter,
+  loraConfig,
   peftConfig,
   prefixTuningConfig,
   promptTuningConfig,
@@ -130,18 +132,21 @@ describe('SFTTrainer over Mistral', () => {
     for (const m of [model, again]) m.dispose();
   });
 
-  it.each([
-    ['LoRA', {}],
-    ['LoRA started by PiSSA', { init_lora_weights: 'pissa', lora_alpha: 11 }],
-    ['DoRA', { use_dora: true }],
-  ] as const)('%s: goes on from a checkpoint in the middle to the same weights, bit for bit', async (_, lora) => {
+  const low = { r: 4, target_modules: 'all-linear', lora_dropout: 0.2 };
+
+  it.each<[string, AdapterConfig]>([
+    ['LoRA', loraConfig(low)],
+    ['LoRA started by PiSSA', loraConfig({ ...low, init_lora_weights: 'pissa', lora_alpha: 11 })],
+    ['DoRA', loraConfig({ ...low, use_dora: true })],
+    ['a prefix by a projection', prefixTuningConfig({ num_virtual_tokens: 3, prefix_projection: true })],
+  ])('%s: goes on from a checkpoint in the middle to the same weights, bit for bit', async (_, adapter) => {
     const run = async (resume?: ByteFolder): Promise<{ folders: ByteFolder[]; weights: Uint8Array }> => {
       const model = await fresh();
       const trainer = new SFTTrainer({
         model,
         args: { ...args, num_train_epochs: 4, save_steps: 2 },
         train_dataset: examples,
-        peft_config: peftConfig({ r: 4, target_modules: 'all-linear', lora_dropout: 0.2, ...lora }),
+        peft_config: peftConfig(adapter),
       });
       const folders: ByteFolder[] = [];
       await trainer.train({

@@ -7,6 +7,7 @@ import { checkMethod, move } from '../test/method-checks.js';
 import { MethodNet } from '../test/method-net.js';
 import { memoryFolder } from '../test/tiny-model.js';
 import { createAdapter, injectAdapter, loadAdapter } from './adapter.js';
+import { openWeightMerge } from './merge-weights.js';
 import { prefixTuning, prefixTuningConfig } from './methods/prefix-tuning.js';
 import { promptTuning, promptTuningConfig } from './methods/prompt-tuning.js';
 
@@ -48,6 +49,11 @@ describe.each([promptTuningConfig({ num_virtual_tokens }), prefixTuningConfig({ 
       expect(() => adapter.merge()).toThrow('no change of a weight and cannot be merged');
       expect(() => adapter.mergeAndUnload()).toThrow('no change of a weight and cannot be merged');
       expect(adapter.merged).toBe(false);
+      const folder = memoryFolder();
+      await adapter.save(folder);
+      const shape = new AttentionNet(device);
+      await expect(openWeightMerge(shape, folder)).rejects.toThrow('no change of a weight and cannot be merged');
+      shape.dispose();
       expect(await net.readLogits()).toEqual(logits);
       adapter.park();
       expect(relativeError(await net.readLogits(), virtualTokensFile.baseLogits)).toBeLessThan(1e-5);

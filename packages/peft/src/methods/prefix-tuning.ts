@@ -127,10 +127,15 @@ export interface PrefixProjection {
  * does not give the network back.
  */
 export class ProjectedPrefixTokens extends TrainedTokens {
+  /** [n, K] */
   embedding: Tensor;
+  /** [E, K] */
   inner_weight: Tensor;
+  /** [E] */
   inner_bias: Tensor;
+  /** [2 L K, E] */
   outer_weight: Tensor;
+  /** [2 L K] */
   outer_bias: Tensor;
 
   constructor(base: VirtualTokens, { embedding, inner, outer }: PrefixProjection) {
