@@ -339,9 +339,8 @@ describe.skipIf(program === undefined)(`in a browser${why}`, () => {
     for (const width of [400, 1400]) {
       await page.setViewportSize({ width, height: 900 });
       expect(await page.evaluate('document.documentElement.scrollWidth')).toBeLessThanOrEqual(width);
-      await expect
-        .poll(() => page.locator('canvas').first().evaluate('(canvas) => canvas.clientWidth'))
-        .toBeLessThan(width);
+      const drawn = (): Promise<number> => page.evaluate("document.querySelector('canvas').clientWidth");
+      await expect.poll(drawn).toBeLessThan(width);
     }
     await page.close();
   });
