@@ -6,6 +6,7 @@ import { type CalibrationBatch, Embedding, Layer, Linear, type Module } from '@l
 import {
   type ByteFolder,
   type ByteSink,
+  decodeFloats,
   type Device,
   encodeFloats,
   type JsonObject,
@@ -26,6 +27,7 @@ import {
   loraConfig,
   type LoraOptions,
 } from './format.js';
+import { missingWeights } from './missing-weights.js';
 import { checkSaved, wrapSaved } from './saved-module.js';
 import { matchModules, type ModuleInfo, savedModules, someOf, tokenTargets } from './targets.js';
 import { checkTokenIds, wrapTokenRows } from './token-rows.js';
@@ -131,7 +133,7 @@ export interface Calibration {
   /** The configuration to go by. */
   readonly config: AdapterConfig;
   /** Gives a wrapped module its start. */
-  initialize(layer: AdaptedModule, context: WrapContext): Promise<void>;
+  readonly initialize: (layer: AdaptedModule, context: WrapContext) => Promise<void>;
 }
 
 /** A parameter-efficient method. */
@@ -211,6 +213,8 @@ export interface CreateOptions extends InjectOptions {
   readonly data?: readonly CalibrationBatch[] | undefined;
 }
 
+type HalfDType = 'F16' | 'BF16';
+
 /** Modules that some adapter put into a model. */
 const adapted = new WeakSet<Module>();
 
@@ -232,6 +236,8 @@ export class Adapter {
   readonly #method: PeftMethod;
   /** True where other modules of the model are not adapted, whatever a file holds for them. */
   readonly #partial: boolean;
+  /** 16-bit types of tensors in the file that was loaded, so that a file of others keeps its bytes. */
+  readonly #narrow = new Map<string, HalfDType>();
   #state: AdapterState = 'beside';
 
   /** @internal Use `injectAdapter`. */
@@ -408,15 +414,18 @@ export class Adapter {
     this.#state = 'gone';
   }
 
-  /** The tensors of adapter_model.safetensors, f32. */
+  /** The tensors of adapter_model.safetensors: f32, and what was loaded from 16 bits in these as long as they hold it. */
   async entries(): Promise<TensorEntry[]> {
     this.#expect('entries', 'beside', 'parked', 'merged');
     const entries: TensorEntry[] = [];
+    const add = (name: string, shape: readonly number[], values: ArrayLike<number>): void => {
+      entries.push(entryOf(name, shape, values, this.#narrow.get(name)));
+    };
     for (const [path, layer] of this.#layers) {
       const exported = (await layer.exportedParameters?.()) ?? (await ownParameters(layer));
-      for (const { name, shape, values } of exported) entries.push(entryOf(this.#key(path, name), shape, values));
+      for (const { name, shape, values } of exported) add(this.#key(path, name), shape, values);
     }
-    for (const [name, tensor] of this.#shared()) entries.push(entryOf(name, tensor.shape, await tensor.read()));
+    for (const [name, tensor] of this.#shared()) add(name, tensor.shape, await tensor.read());
     return entries;
   }
 
@@ -426,7 +435,7 @@ export class Adapter {
     for (const [path, layer] of this.#layers) {
       if (!exportsForGood(layer)) continue;
       for (const { name, shape, values } of await ownParameters(layer)) {
-        entries.push(entryOf(this.#key(path, name), shape, values));
+        entries.push(entryOf(this.#key(path, name), shape, values, undefined));
       }
     }
     return entries;
@@ -501,7 +510,7 @@ export class Adapter {
     this.#expect('load', 'beside', 'parked');
     const name = weightsFileOf(this.#method);
     const source = await folder.open(name);
-    if (source === undefined) throw new AdapterError(`${folder.name}: there is no ${name}`);
+    if (source === undefined) throw await missingWeights(folder, name);
     const file = await openSafetensors(source);
     try {
       // A module takes what `save` wrote of it as well as its own parameters.
@@ -522,8 +531,9 @@ export class Adapter {
       checkAdapterKeys(expected, shapesOf(found), file.name);
       await this.#loadKept(folder);
       for (const { key, parameter } of [...stored, ...shared]) {
-        const values = await file.readFloats(key);
-        writeRows(parameter, 0, values);
+        writeRows(parameter, 0, await file.readFloats(key));
+        const { dtype } = file.info(key);
+        if (dtype === 'F16' || dtype === 'BF16') this.#narrow.set(key, dtype);
       }
       for (const [path, shapes] of exported) {
         const values = new Map<string, Float32Array>();
@@ -555,8 +565,20 @@ function exportsForGood(layer: AdaptedModule | undefined): boolean {
   return layer?.exportedParameters !== undefined && layer.importParameters === undefined;
 }
 
-function entryOf(name: string, shape: readonly number[], values: ArrayLike<number>): TensorEntry {
-  return { name, dtype: 'F32', shape, data: encodeFloats(Float32Array.from(values), 'F32').bytes };
+/** @param dtype of the file that the values came from: theirs as long as it holds all of them exactly, else F32 */
+function entryOf(
+  name: string,
+  shape: readonly number[],
+  values: ArrayLike<number>,
+  dtype: HalfDType | undefined,
+): TensorEntry {
+  const wide = Float32Array.from(values);
+  const narrow = dtype === undefined ? undefined : encodeFloats(wide, dtype).bytes;
+  if (dtype !== undefined && narrow !== undefined) {
+    const back = decodeFloats(narrow, dtype);
+    if (wide.every((value, i) => Object.is(value, back[i]))) return { name, dtype, shape, data: narrow };
+  }
+  return { name, dtype: 'F32', shape, data: encodeFloats(wide, 'F32').bytes };
 }
 
 function shapesOf(

@@ -17,6 +17,7 @@ import {
   parseAdapterKey,
   serializeAdapterConfig,
 } from './format.js';
+import { missingWeights } from './missing-weights.js';
 import { ranksOf, someOf } from './targets.js';
 
 /** What an adapter adds to one linear layer: `scaling * B A`, and with DoRA the length of each row of the sum. */
@@ -65,12 +66,11 @@ const byLayer = new Intl.Collator('en', { numeric: true });
 export async function readLoraFile(folder: ByteFolder): Promise<LoraFile> {
   const text = await readText(folder, 'adapter_config.json');
   const source = await folder.open('adapter_model.safetensors');
-  if (text === undefined || source === undefined) {
+  if (text === undefined) {
     await source?.close?.();
-    throw new AdapterError(
-      `${folder.name}: there is no ${text === undefined ? 'adapter_config.json' : 'adapter_model.safetensors'}; is this a PEFT adapter?`,
-    );
+    throw new AdapterError(`${folder.name}: there is no adapter_config.json; is this a PEFT adapter?`);
   }
+  if (source === undefined) throw await missingWeights(folder, 'adapter_model.safetensors');
   const file = await openSafetensors(source);
   try {
     const config = parseAdapterConfig(text, `${folder.name}/adapter_config.json`);
