@@ -1,3 +1,4 @@
+import { readFile } from 'node:fs/promises';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { compareConfigs } from './checkpoint.js';
@@ -407,6 +408,14 @@ describe('the section of the adapter', () => {
     expect(compareConfigs({ ...ia3 }, resolve('ia3: {init_ia3_weights: false}').config).refused).toEqual([
       'ia3.init_ia3_weights is false but was true',
     ]);
+  });
+
+  it('is in the guide as it is here', async () => {
+    const guide = await readFile(new URL('../../../docs/methods.md', import.meta.url), 'utf8');
+    const blocks = [...guide.matchAll(/^```yaml\n(.*?)^```$/gms)].map(([, block = '']) => block);
+    expect(blocks.length).toBeGreaterThan(2);
+    for (const block of blocks) expect(resolve(block).notes).toEqual([]);
+    for (const name of adapterSections) expect(guide).toContain(`| \`${name}\` |`);
   });
 
   it('all keys are in the help, with their defaults', () => {
