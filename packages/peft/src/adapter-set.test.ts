@@ -427,13 +427,13 @@ describe('adapters of all methods in one set', () => {
     const active = set.active;
     const logits = await net.readLogits();
     for (const [names, message] of [
-      [['lora', 'dora'], 'there is no sum at layers.0.up_proj: LoraLinear of "lora" and DoraLinear of "dora"'],
-      [['ia3', 'lora'], 'Ia3Linear of "ia3" and LoraLinear of "lora"'],
-      [['loftq', 'norms'], 'LoRA over a base that LoftQ quantised of "loftq"'],
+      [['lora', 'dora'], 'there is no sum at layers.0.up_proj: "lora" has LoraLinear and "dora" has DoraLinear'],
+      [['ia3', 'lora'], '"ia3" has Ia3Linear and "lora" has LoraLinear'],
+      [['loftq', 'norms'], '"loftq" has LoRA over a base that LoftQ quantised'],
     ] as const) {
       expect(() => set.activate(names)).toThrow(message);
     }
-    expect(() => set.activate('ia3', { weights: [2] })).toThrow('Ia3Linear of "ia3" with weight 2');
+    expect(() => set.activate('ia3', { weights: [2] })).toThrow('"ia3" has Ia3Linear with weight 2');
     await expect(set.rows(['ia3'], () => 0)).rejects.toThrow('rows: adapter "ia3" has Ia3Linear at layers.0.up_proj');
     expect(set.active).toEqual(active);
     expect(await net.readLogits()).toEqual(logits);

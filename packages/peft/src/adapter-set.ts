@@ -286,7 +286,7 @@ export class AdapterSet {
         combined.set(path, sum);
       } else if (list.length === 1 && weight === 1 && !isQuantizing(first)) combined.set(path, first);
       else {
-        const kinds = list.map(({ layer, name }) => `${kindOf(layer)} of ${quoted(name)}`).join(' and ');
+        const kinds = list.map(({ layer, name }) => `${quoted(name)} has ${kindOf(layer)}`).join(' and ');
         throw new AdapterError(
           `there is no sum at ${path}: ${kinds}${list.length === 1 ? ` with weight ${weight}` : ''}; LoRA layers add up, other methods do not`,
         );
