@@ -30,10 +30,19 @@ export interface LoraKeys {
   bias: 'none' | 'all' | 'lora_only';
   use_rslora: boolean;
   use_dora: boolean;
-  /** true, false or a name: gaussian, orthogonal, pissa, pissa_niter_<n>, olora or loftq. */
+  /** true, false or a name: gaussian, orthogonal, pissa, pissa_niter_<n>, olora, loftq or eva. */
   init_lora_weights: boolean | string;
   /** For LoftQ. One iteration alone: then the base that the adapter fits is the checkpoint in 4 bits, as any tool makes it. */
   loftq_config: { loftq_bits?: 4 | undefined; loftq_iter?: 1 | undefined };
+  /** For EVA, see `EvaSettings`; what is left out has PEFT's default. */
+  eva_config: {
+    rho?: number | undefined;
+    tau?: number | undefined;
+    use_label_mask?: boolean | undefined;
+    label_mask_value?: -100 | undefined;
+    whiten?: boolean | undefined;
+    adjust_scaling_factors?: boolean | undefined;
+  };
   /** Modules that are trained and saved whole. */
   modules_to_save: string[] | null;
   rank_pattern: Record<string, number>;
@@ -152,13 +161,26 @@ const loraShape = {
   use_rslora: z.boolean().default(false).describe('true or false'),
   use_dora: z.boolean().default(false).describe('true or false'),
   init_lora_weights: z
-    .union([z.boolean(), z.string().regex(/^(gaussian|orthogonal|pissa|pissa_niter_[1-9]\d{0,3}|olora|loftq)$/)])
+    .union([z.boolean(), z.string().regex(/^(gaussian|orthogonal|pissa|pissa_niter_[1-9]\d{0,3}|olora|loftq|eva)$/)])
     .default(true)
-    .describe('true, false, gaussian, orthogonal, pissa, pissa_niter_<n>, olora or loftq'),
+    .describe('true, false, gaussian, orthogonal, pissa, pissa_niter_<n>, olora, loftq or eva'),
   loftq_config: z
     .strictObject({ loftq_bits: z.literal(4).optional(), loftq_iter: z.literal(1).optional() })
     .default({})
     .describe('a map with loftq_bits: 4 and loftq_iter: 1, and no other values'),
+  eva_config: z
+    .strictObject({
+      rho: z.number().min(1).optional(),
+      tau: z.number().min(0).max(1).optional(),
+      use_label_mask: z.boolean().optional(),
+      label_mask_value: z.literal(-100).optional(),
+      whiten: z.boolean().optional(),
+      adjust_scaling_factors: z.boolean().optional(),
+    })
+    .default({})
+    .describe(
+      'a map with rho (1 or more), tau (0 to 1), use_label_mask, whiten and adjust_scaling_factors (true or false)',
+    ),
   rank_pattern: z.record(z.string(), count()).default({}).describe('a map from module names to ranks'),
   alpha_pattern: z.record(z.string(), z.number().positive()).default({}).describe('a map from module names to alphas'),
   layers_to_transform: z
@@ -242,9 +264,17 @@ const methods: { readonly [Name in AdapterSection]: Method<AdapterSections[Name]
     merges: true,
     shape: loraShape,
     schema: z.strictObject(loraShape),
-    config: ({ loftq_config: _loftq, ...keys }, context) =>
+    config: ({ loftq_config: _loftq, eva_config: eva, ...keys }, context) =>
       loraConfig({
         ...keys,
+        // As a file has them: what is left out is not there.
+        ...(keys.init_lora_weights === 'eva'
+          ? {
+              eva_config: Object.fromEntries(
+                Object.entries(eva).flatMap(([key, value]) => (value === undefined ? [] : [[key, value]])),
+              ),
+            }
+          : {}),
         ...(keys.init_lora_weights === 'loftq' ? { loftq_config: { loftq_bits: 4, loftq_iter: 1 } } : {}),
         ...context,
       }),

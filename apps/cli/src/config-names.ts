@@ -102,7 +102,6 @@ export const later: Readonly<Record<string, LaterKey>> = {
   loraplus_lr_embedding: { what: 'LoRA on embeddings' },
   save_only_model: { what: 'a checkpoint without the state of the optimizer' },
   'lora.lora_bias': { what: 'a bias on lora_B' },
-  'lora.eva_config': { what: 'EVA initialisation' },
   'lora.corda_config': { what: 'CorDA initialisation' },
   'lora.lora_ga_config': { what: 'LoRA-GA initialisation' },
   'lora.arrow_config': { what: 'Arrow routing' },
@@ -125,14 +124,6 @@ export const later: Readonly<Record<string, LaterKey>> = {
 
 /** Values of supported keys that belong to something not there yet. */
 export const laterValues: Readonly<Record<string, readonly string[]>> = {
-  lr_scheduler_type: [
-    'cosine_with_restarts',
-    'polynomial',
-    'inverse_sqrt',
-    'reduce_lr_on_plateau',
-    'cosine_with_min_lr',
-    'warmup_stable_decay',
-  ],
-  save_strategy: ['best'],
-  'lora.init_lora_weights': ['eva', 'corda', 'lora_ga', 'mica'],
+  lr_scheduler_type: ['cosine_warmup_with_min_lr', 'greedy'],
+  'lora.init_lora_weights': ['corda', 'lora_ga', 'mica'],
 };

@@ -200,7 +200,7 @@ describe('resolveConfig', () => {
     'loraplus_lr_embedding: 1e-6',
     'save_only_model: true',
     'bf16: true',
-    'lora: {init_lora_weights: eva}',
+    'lora: {init_lora_weights: corda}',
     'lora: {lora_bias: true}',
   ])('%s is refused as not supported yet', (text) => expect(mistake(text)).toMatch(/not supported yet/));
 
@@ -267,6 +267,10 @@ describe('resolveConfig', () => {
     expect(mistake(`${loftq}\nload_in_4bit: true`)).toMatch(/run\.yaml:2: init_lora_weights: loftq stores the linear/);
     expect(mistake('lora: {loftq_config: {loftq_iter: 1}}')).toMatch(/loftq_config needs init_lora_weights: loftq/);
     expect(mistake('lora: {loftq_config: {loftq_iter: 5}}')).toMatch(/loftq_config must be a map with/);
+    const eva = resolve('lora: {init_lora_weights: eva, eva_config: {rho: 1, whiten: true}}').config.lora;
+    expect(eva).toMatchObject({ init_lora_weights: 'eva', eva_config: { rho: 1, whiten: true } });
+    expect(mistake('lora: {eva_config: {rho: 1}}')).toMatch(/eva_config needs init_lora_weights: eva/);
+    expect(mistake('lora: {init_lora_weights: eva, eva_config: {rho: 0.5}}')).toMatch(/eva_config/);
     expect(mistake('lora: {use_dora: true, init_lora_weights: olora}')).toMatch(/are both set/);
     expect(mistake('lora: {r: 3, init_lora_weights: orthogonal}')).toMatch(/needs even ranks, not 3/);
     expect(mistake('lora: {init_lora_weights: pissa_niter_}')).toMatch(

@@ -419,6 +419,9 @@ function loraCheck({ lora, load_in_4bit }: Config, complain: (name: string, text
   if (named !== 'loftq' && active(lora.loftq_config)) {
     complain('lora.loftq_config', 'loftq_config needs init_lora_weights: loftq');
   }
+  if (named !== 'eva' && active(lora.eva_config)) {
+    complain('lora.eva_config', 'eva_config needs init_lora_weights: eva');
+  }
   const odd = [lora.r, ...Object.values(lora.rank_pattern)].find((rank) => rank % 2 !== 0);
   if (named === 'orthogonal' && odd !== undefined) {
     complain('lora.init_lora_weights', `init_lora_weights: orthogonal needs even ranks, not ${odd}`);

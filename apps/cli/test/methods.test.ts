@@ -146,3 +146,26 @@ it('loftq stores the base in 4 bits itself; without them the adapter is warned o
   expect(wide.err).toContain('the adapter was started by loftq');
   expect(Math.abs(wide.loss - packed.loss)).toBeGreaterThan(1e-4);
 });
+
+it('eva: the ranks move by the data, and a run that goes on has those of its checkpoint, to the same bits', async () => {
+  const lora = [
+    'lora.init_lora_weights=eva',
+    'lora.eva_config={rho: 2, use_label_mask: false}',
+    'max_steps=2',
+    'save_steps=1',
+  ];
+  expect((await train('eva', ...lora)).out).toContain('LoRA r 4, alpha 11, started by eva on');
+  const config = await read('eva', 'adapter_config.json');
+  expect(config).toMatchObject({ init_lora_weights: 'eva', eva_config: { rho: 2, use_label_mask: false } });
+  const file = await openSafetensorsFile(at('eva', 'adapter_model.safetensors'));
+  const ranks = [...file.tensors.values()].flatMap(({ name, shape }) => (name.includes('lora_A') ? [shape[0]] : []));
+  await file.close();
+  // Seven layers of rank 4: as many ranks as there were, elsewhere.
+  expect(ranks.reduce((sum, r) => sum + r, 0)).toBe(28);
+  expect(new Set(ranks).size).toBeGreaterThan(1);
+  await mkdir(at('eva-resumed'));
+  await cp(at('eva', 'checkpoint-1'), at('eva-resumed', 'checkpoint-1'), { recursive: true });
+  expect((await train('eva-resumed', ...lora, '--resume')).err).toContain('going on from step 1 of 2');
+  for (const name of ['adapter_model.safetensors', 'adapter_config.json'])
+    expect((await readFile(at('eva-resumed', name))).equals(await readFile(at('eva', name))), name).toBe(true);
+});

@@ -137,6 +137,7 @@ describe('SFTTrainer over Mistral', () => {
   it.each<[string, AdapterConfig]>([
     ['LoRA', loraConfig(low)],
     ['LoRA started by PiSSA', loraConfig({ ...low, init_lora_weights: 'pissa', lora_alpha: 11 })],
+    ['LoRA started by EVA', loraConfig({ ...low, init_lora_weights: 'eva', eva_config: { use_label_mask: false } })],
     ['DoRA', loraConfig({ ...low, use_dora: true })],
     ['a prefix by a projection', prefixTuningConfig({ num_virtual_tokens: 3, prefix_projection: true })],
   ])('%s: goes on from a checkpoint in the middle to the same weights, bit for bit', async (_, adapter) => {

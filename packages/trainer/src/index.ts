@@ -1,5 +1,6 @@
 export * from './arenas.js';
 export * from './arguments.js';
+export * from './calibration.js';
 export * from './checkpoint.js';
 export * from './data.js';
 export * from './evaluation-watch.js';

@@ -1,5 +1,5 @@
 /** Supervised fine-tuning in the shape that users of trl know; all the work is done by `train`. */
-import type { CausalLM } from '@lorikeet/nn';
+import type { CalibrationBatch, CausalLM } from '@lorikeet/nn';
 import {
   type ByteFolder,
   encodeFloats,
@@ -16,6 +16,7 @@ import {
   writeCheckpoint,
 } from '@lorikeet/tensor';
 import { scheduleOptions, type SFTConfig, stepCount, totalSteps, validateSFTConfig } from './arguments.js';
+import { calibrationBatches } from './calibration.js';
 import { readTrainerState } from './checkpoint.js';
 import { checkExamples, type CollateOptions, type DataCollator, type DataRow, type TokenizedExample } from './data.js';
 import { checkEvaluations } from './evaluation-watch.js';
@@ -40,8 +41,8 @@ export interface PeftConfig {
   inject(model: CausalLM): TrainableAdapter;
   /** True where the adapter's start is computed from the model's weights, which takes `create`. */
   readonly readsWeights?: boolean;
-  /** `inject` for such an adapter. */
-  create?(model: CausalLM): Promise<TrainableAdapter>;
+  /** `inject` for such an adapter. The data are training rows, for starts that look at the inputs of layers. */
+  create?(model: CausalLM, data: readonly CalibrationBatch[]): Promise<TrainableAdapter>;
 }
 
 /**
@@ -303,7 +304,13 @@ export class SFTTrainer {
   async #ready(): Promise<TrainableAdapter | undefined> {
     const { model, peft_config } = this.#options;
     if (this.#adapter !== undefined || peft_config?.create === undefined) return this.#adapter;
-    this.#creating ??= peft_config.create(model);
+    this.#creating ??= peft_config.create(
+      model,
+      calibrationBatches(model, this.train_dataset, {
+        collate: this.#collate,
+        batchSize: this.args.per_device_train_batch_size ?? 8,
+      }),
+    );
     try {
       this.#adapter = await this.#creating;
     } finally {

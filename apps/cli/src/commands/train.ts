@@ -2,31 +2,32 @@
 import { copyFile } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import type { Mistral } from '@lorikeet/mistral';
-import { type Adapter, type AdapterConfig, createAdapter, isLoraConfig } from '@lorikeet/peft';
+import { type Adapter, type AdapterConfig, createAdapter, isLoraConfig, loadAdapter } from '@lorikeet/peft';
 import { type Device, type JsonValue, OutOfMemoryError, parseJson } from '@lorikeet/tensor';
 import { createFolder, openFolder } from '@lorikeet/tensor/node';
 import {
   type CheckpointRecord,
+  calibrationBatches,
   type CollateOptions,
   evaluateLoss,
   fingerprint,
   previewRow,
-  scheduleWarnings,
   scheduleOptions,
+  scheduleWarnings,
   type StepRecord,
   type TokenizedExample,
   train,
   type TrainingArguments,
-  warmupStepCount,
   type TrainOptions as TrainerOptions,
   type TrainRecord,
   type TrainResult,
+  warmupStepCount,
 } from '@lorikeet/trainer';
 import type { Overview } from '../../page/types.js';
 import {
   baseIdentity,
-  checkpointPath,
   checkpointDamage,
+  checkpointPath,
   compareConfigs,
   findCheckpoint,
   isCheckpoint,
@@ -48,7 +49,7 @@ import { suggestionsFor } from '../plan-fit.js';
 import { fitText, formatFlops, partsInWords, planBesideCount, planJson } from '../plan-report.js';
 import { inFourBits, planSettings, runAdapterConfig } from '../plan-settings.js';
 import { openReporters } from '../reporting/open-reporters.js';
-import { previewRows, writeOverview, writeTokenLosses } from '../reporting/overview.js';
+import { previewRows, writeTokenLosses } from '../reporting/overview.js';
 import { evalEntry, type LogEntry, LogWindow, type Reporter } from '../reporting/reporter.js';
 import { loadRunData, type RunData } from '../run-data.js';
 import {
@@ -69,8 +70,8 @@ import {
   requireTokenizer,
 } from '../session.js';
 import { formatBytes, formatCount, formatDuration, formatNumber, printable, quoted, shellQuoted } from '../text.js';
-import type { Progress } from '../ui.js';
 import { stepsOf, trainingArguments } from '../training-arguments.js';
+import type { Progress } from '../ui.js';
 import { version, versions } from '../version.js';
 import { writeFileAtomic } from '../write.js';
 
@@ -343,11 +344,11 @@ class Run {
     const reporter = await openReporters({
       outputDir: config.output_dir,
       reportTo: config.report_to,
+      overview: this.#overview(facts),
       from: this.#from,
     });
     let course: Course | undefined;
     try {
-      await this.#writeOverview(facts);
       course = await this.#train({ model, adapter, collate, reporter, before });
     } finally {
       await reporter.end(course === undefined ? 'failed' : signal.aborted ? 'interrupted' : 'done');
@@ -358,8 +359,8 @@ class Run {
         ? new InterruptedError('stopped before the first step; nothing was saved')
         : new CliError('no step ran');
     }
-    // Saved before it is measured: an evaluation that fails or is stopped costs no training.
     const ending = { last, stoppedEarly: course.stoppedEarly, best: await this.#goBack(adapter, course) };
+    // Saved before it is measured: an evaluation that fails or is stopped costs no training.
     let after = ending.best === undefined ? course.evaluation : undefined;
     await this.#save(model, adapter, ending, { before, after });
     if (after === undefined && validation !== undefined && !signal.aborted) {
@@ -380,7 +381,6 @@ class Run {
     }
   }
 
-  /** A start that is computed from the weights takes its time, and says so. */
   /** Gives the adapter the values of the best checkpoint, if the run asks for that; the step, where it is not the last. */
   async #goBack(adapter: Adapter, { last, bestStep }: Course): Promise<number | undefined> {
     const { ui, signal } = this.#context;
@@ -405,17 +405,28 @@ class Run {
     return undefined;
   }
 
+  /** A start that is computed from the weights takes its time, and says so. */
   async #makeAdapter(model: Mistral, config: AdapterConfig): Promise<Adapter> {
     const { ui, signal } = this.#context;
+    const { train: trained, tokenizer } = this.#data;
+    const looks = isLoraConfig(config) && config.init_lora_weights === 'eva';
+    // Ranks that came from the data are those of the checkpoint.
+    if (looks && this.#from !== undefined) return loadAdapter(model, openFolder(this.#from.path));
     let progress: Progress | undefined;
     try {
       return await createAdapter(model, config, {
         seed: this.#config.seed,
+        data: looks
+          ? calibrationBatches(model, trained.examples, {
+              collate: { padTokenId: tokenizer.padTokenId ?? tokenizer.eosTokenId ?? 0 },
+              batchSize: this.#config.per_device_train_batch_size,
+            })
+          : [],
         tokenize: (text) => this.#data.tokenizer.encode(text),
         signal,
         onProgress: (done, total) => {
           const start = isLoraConfig(config) ? `${String(config.init_lora_weights)}: ` : '';
-          progress ??= ui.progress(`${start}modules started`, { total });
+          progress ??= ui.progress(`${start}${looks ? 'batches' : 'modules started'}`, { total });
           progress.update(done);
         },
       });
@@ -544,17 +555,17 @@ class Run {
     ];
   }
 
-  async #writeOverview(facts: Overview['facts']): Promise<void> {
+  #overview(facts: Overview['facts']): Overview {
     const config = this.#config;
     const { rows, options } = this.#data;
-    await writeOverview(config.output_dir, {
+    return {
       name: config.run_name ?? basename(resolve(config.output_dir)),
       started: this.#from?.progress.started ?? this.#started.toISOString(),
       total_steps: this.#total,
       facts,
       settings: dumpConfig(config),
       rows: previewRows(rows.train, options),
-    });
+    };
   }
 
   /** Writes what only looks back: the run is saved, and is not lost over it. */
@@ -586,6 +597,7 @@ class Run {
         parameters: total - trainable,
         trainable,
         trainable_percent: percent,
+        method: runAdapter(config).section,
         dtype: dtypeName(model),
         load_in_4bit: inFourBits(config, this.#files),
         device: info,
@@ -644,6 +656,10 @@ class Run {
       ui.line(stepLine(record, entry));
     };
     const { validation, train: trained } = this.#data;
+    let result: TrainResult | undefined;
+    const running = async function* (options: TrainerOptions): AsyncGenerator<TrainRecord, void, undefined> {
+      result = yield* train(options);
+    };
     try {
       for await (const record of running({
         model,
@@ -655,10 +671,6 @@ class Run {
         signal,
         resume: from === undefined ? undefined : openFolder(from.path),
         onEvalProgress: (rows, total) => {
-    let result: TrainResult | undefined;
-    const running = async function* (options: TrainerOptions): AsyncGenerator<TrainRecord, void, undefined> {
-      result = yield* train(options);
-    };
           evalBar ??= ui.progress('evaluating', { total });
           evalBar.update(rows);
         },
@@ -685,6 +697,8 @@ class Run {
         const { step, skippedSteps, peakBytes, seconds } = record;
         last = { step, skippedSteps, peakBytes, seconds };
         unlogged = record;
+        // It is of the step before.
+        evaluation = undefined;
         since.add(record);
         progress.update(record.step, `loss ${formatNumber(record.loss)}`);
         barren = record.skipped || !Number.isFinite(record.loss) ? barren + 1 : 0;
@@ -696,8 +710,6 @@ class Run {
             },
           );
         }
-        // It is of the step before.
-        evaluation = undefined;
         const logs = step % every === 0 || step === this.#total || (step === 1 && this.#config.logging_first_step);
         if (logs) await logSteps(record);
       }
@@ -784,6 +796,7 @@ class Run {
           dtype: dtypeName(model),
           load_in_4bit: inFourBits(config, this.#files),
         },
+        method: runAdapter(config).section,
         trainable_parameters: trainable,
         added_tokens: added.map(({ id, content }) => ({ id, content })),
         data: {
@@ -880,17 +893,6 @@ interface Course {
   readonly evaluation: Evaluation | undefined;
   /** The newest checkpoint. */
   readonly saved: { readonly step: number; readonly path: string } | undefined;
-}
-
-/** How far the run has got. */
-type Progressed = Pick<StepRecord, 'step' | 'skippedSteps' | 'peakBytes' | 'seconds'>;
-
-/** What the loop works with. */
-interface Training {
-  readonly model: Mistral;
-  readonly adapter: Adapter;
-  readonly collate: CollateOptions;
-  readonly reporter: Reporter;
   /** Early stopping ended it. */
   readonly stoppedEarly: boolean;
   /** Step of the best checkpoint. */
@@ -903,6 +905,17 @@ interface Ending {
   readonly stoppedEarly: boolean;
   /** Step of the checkpoint that the adapter was taken back to. */
   readonly best: number | undefined;
+}
+
+/** How far the run has got. */
+type Progressed = Pick<StepRecord, 'step' | 'skippedSteps' | 'peakBytes' | 'seconds'>;
+
+/** What the loop works with. */
+interface Training {
+  readonly model: Mistral;
+  readonly adapter: Adapter;
+  readonly collate: CollateOptions;
+  readonly reporter: Reporter;
   readonly before: Evaluation | undefined;
 }
 
