@@ -19,7 +19,7 @@ export interface DeviceOptions {
   /** False leaves the `subgroups` feature off. */
   readonly subgroups?: boolean;
   /** `high-performance` (default) prefers a discrete GPU and never picks a software device beside a real one. */
-  readonly powerPreference?: GPUPowerPreference;
+  readonly powerPreference?: 'low-power' | 'high-performance';
   /** Budget in bytes for live buffers; unlimited when left out. */
   readonly memoryLimit?: number;
   /**
