@@ -8,8 +8,9 @@ import { createFolder } from '@lorikeet/tensor/node';
 import { listCheckpoints, removeCheckpoints } from './checkpoint.js';
 import { type Config, dumpConfig, loadConfig, type ResolvedConfig } from './config.js';
 import { CliError, errorCode, fileError } from './errors.js';
+import { logFile } from './reporting/json-lines.js';
 import { overviewFile, reportFile, tokenLossFile } from './reporting/overview.js';
-import { listEventFiles } from './reporting/tensorboard.js';
+import { removeEventFiles } from './reporting/tensorboard.js';
 import { shellQuoted } from './text.js';
 import { writeFileAtomic, writeJsonAtomic } from './write.js';
 
@@ -25,7 +26,7 @@ const runFiles: readonly string[] = [
   ...resultFiles,
   'run.yaml',
   'README.md',
-  'train_log.jsonl',
+  logFile,
   'eval_results.json',
   'predictions.jsonl',
   overviewFile,
@@ -77,7 +78,7 @@ export interface RunTrace {
 /** Looks at what a run left in its folder. */
 export async function traceRun(folder: string): Promise<RunTrace> {
   const names = await namesIn(folder);
-  if (!names.includes('run.json')) return { done: false, unfinished: names.includes('train_log.jsonl') };
+  if (!names.includes('run.json')) return { done: false, unfinished: names.includes(logFile) };
   const path = join(folder, 'run.json');
   try {
     const record = parseJsonObject(await readFile(path, 'utf8'), path);
@@ -95,7 +96,7 @@ export async function clearOutputFolder(folder: string): Promise<void> {
       throw fileError(error, join(folder, name), 'cannot replace');
     });
   }
-  for (const path of await listEventFiles(folder)) await rm(path);
+  await removeEventFiles(folder);
   await removeCheckpoints(folder);
 }
 

@@ -83,7 +83,7 @@ describe('a run', () => {
     expect(await count('resumed', 'eval/loss')).toBe(2);
     const replaced = await cli(train('resumed', '--overwrite', 'report_to=none'));
     expect(replaced.code).toBe(0);
-    expect(await readdir(at('resumed', 'runs'))).toEqual([]);
+    expect(await readdir(at('resumed'))).not.toContain('runs');
   });
 });
 

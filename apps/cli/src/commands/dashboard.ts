@@ -5,6 +5,7 @@ import type { CommandContext } from '../context.js';
 import { writeReport } from '../dashboard/report.js';
 import { serveDashboard } from '../dashboard/server.js';
 import { CliError, fileError } from '../errors.js';
+import { logFile } from '../reporting/json-lines.js';
 import { overviewFile } from '../reporting/overview.js';
 import { printable } from '../text.js';
 
@@ -18,7 +19,7 @@ async function checkRun(folder: string): Promise<void> {
   const names = await readdir(folder).catch((error: unknown) => {
     throw fileError(error, folder, 'cannot read the folder of a run');
   });
-  if (names.some((name) => ['train_log.jsonl', overviewFile, 'run.json', 'predictions.jsonl'].includes(name))) return;
+  if (names.some((name) => [logFile, overviewFile, 'run.json', 'predictions.jsonl'].includes(name))) return;
   throw new CliError('this folder holds no run: it has neither train_log.jsonl nor predictions.jsonl', {
     where: folder,
     fix: 'Name the output_dir of a run, or the --output of an evaluation.',

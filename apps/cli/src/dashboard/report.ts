@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto';
 import { join } from 'node:path';
 import type { LogLine, LogPlace, ReportedRun } from '../../page/types.js';
+import { logFile } from '../reporting/json-lines.js';
 import { reportFile } from '../reporting/overview.js';
 import { writeFileAtomic } from '../write.js';
 import { readPage } from './page.js';
@@ -38,7 +39,7 @@ function replaced(html: string, part: string, text: string): string {
 /** The report of a run. */
 async function reportOf(folder: string): Promise<string> {
   const { html, css, js } = await readPage();
-  const run: ReportedRun = { view: await readRunView(folder), lines: await wholeLog(join(folder, 'train_log.jsonl')) };
+  const run: ReportedRun = { view: await readRunView(folder), lines: await wholeLog(join(folder, logFile)) };
   if (/<\/script/i.test(js) || /<\/style/i.test(css)) throw new Error('the page ends its own elements');
   // Nothing but this script and this style sheet is let in, whatever the data holds.
   const policy = `default-src 'none'; script-src ${sourceHash(js)}; style-src ${sourceHash(css)}; img-src data:; base-uri 'none'; form-action 'none'`;

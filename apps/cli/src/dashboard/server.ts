@@ -2,6 +2,7 @@
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http';
 import { join } from 'node:path';
 import { CliError, errorCode, errorMessage } from '../errors.js';
+import { logFile } from '../reporting/json-lines.js';
 import { readPage } from './page.js';
 import { readLogPart } from './run-log.js';
 import { readRunView } from './run-view.js';
@@ -64,7 +65,7 @@ export async function serveDashboard(folders: readonly string[], port = 0): Prom
     const asked = new URLSearchParams(query);
     const bytes = Number(asked.get('bytes') ?? 0);
     if (!Number.isSafeInteger(bytes) || bytes < 0) return refusal(400, 'bytes is a whole number, 0 or more');
-    return json(await readLogPart(join(folder, 'train_log.jsonl'), { file: asked.get('file') ?? '', bytes }));
+    return json(await readLogPart(join(folder, logFile), { file: asked.get('file') ?? '', bytes }));
   };
   const send = (response: ServerResponse, { status = 200, type, body }: Answer): void => {
     response.writeHead(status, { ...headers, 'Content-Type': `${type}; charset=utf-8` });

@@ -1,7 +1,8 @@
 /** `train_log.jsonl`: every number of a run, one JSON object a line. */
-import { rm, stat } from 'node:fs/promises';
 import { openJsonLines } from '../write.js';
 import type { Reporter } from './reporter.js';
+
+export const logFile = 'train_log.jsonl';
 
 /**
  * Starts the log of a run.
@@ -14,10 +15,6 @@ export async function openJsonLog(path: string, begin?: string): Promise<Reporte
     eval: (entry) => log.append(entry),
     // The checkpoint has a copy of its own.
     checkpoint: async () => {},
-    async end(): Promise<void> {
-      await log.close();
-      // A run that failed before it logged anything leaves nothing.
-      if ((await stat(path)).size === 0) await rm(path);
-    },
+    end: () => log.close(),
   };
 }

@@ -1,27 +1,55 @@
 /** The destinations that a run file asks for. */
+import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
+import type { Overview } from '../../page/types.js';
 import type { ResumePoint } from '../checkpoint.js';
-import { openJsonLog } from './json-lines.js';
+import { logFile, openJsonLog } from './json-lines.js';
+import { overviewFile, writeOverview } from './overview.js';
 import { type Destination, type Reporter, reportToAll } from './reporter.js';
-import { openTensorBoard } from './tensorboard.js';
+import { openTensorBoard, removeEventFiles } from './tensorboard.js';
 
 /** What the destinations of a run are made from. */
 export interface ReportingRun {
   readonly outputDir: string;
   /** `report_to`; train_log.jsonl is written in any case, since going on with a run takes it. */
   readonly reportTo: readonly Destination[];
+  readonly overview: Overview;
   /** The checkpoint that the run goes on from. */
   readonly from: ResumePoint | undefined;
 }
 
-/** Opens the destinations of a run, which its reporter's `end` closes. */
-export async function openReporters({ outputDir, reportTo, from }: ReportingRun): Promise<Reporter> {
-  const opened = [await openJsonLog(join(outputDir, 'train_log.jsonl'), from?.log)];
+/**
+ * Writes overview.json and opens the destinations of a run, which its reporter's `end` closes. A run that ends before it
+ * reported anything leaves none of them.
+ */
+export async function openReporters({ outputDir, reportTo, overview, from }: ReportingRun): Promise<Reporter> {
+  let empty = from === undefined;
+  const opened: Reporter[] = [];
+  const all = reportToAll(opened);
+  const reporter: Reporter = {
+    step(entry): Promise<void> {
+      empty = false;
+      return all.step(entry);
+    },
+    eval(entry): Promise<void> {
+      empty = false;
+      return all.eval(entry);
+    },
+    checkpoint: () => all.checkpoint(),
+    async end(how): Promise<void> {
+      await all.end(how);
+      if (!empty) return;
+      for (const name of [logFile, overviewFile]) await rm(join(outputDir, name), { force: true });
+      await removeEventFiles(outputDir);
+    },
+  };
   try {
+    opened.push(await openJsonLog(join(outputDir, logFile), from?.log));
+    await writeOverview(outputDir, overview);
     if (reportTo.includes('tensorboard')) opened.push(await openTensorBoard(outputDir, from));
+    return reporter;
   } catch (error) {
-    await reportToAll(opened).end('failed');
+    await reporter.end('failed');
     throw error;
   }
-  return reportToAll(opened);
 }

@@ -1,5 +1,5 @@
 /** Scalars for TensorBoard: `tensorboard --logdir OUTPUT_DIR` shows them. */
-import { mkdir, open, readdir, readFile } from 'node:fs/promises';
+import { mkdir, open, readdir, readFile, rm, rmdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { parseJsonObject } from '@lorikeet/tensor';
 import { errorCode, fileError } from '../errors.js';
@@ -8,11 +8,11 @@ import { eventsUpTo, scalarRecord, versionRecord } from './event-file.js';
 import type { Reporter } from './reporter.js';
 
 /** Where a run's event files are, in its folder. */
-export const eventFolder = 'runs';
+const eventFolder = 'runs';
 const eventFile = /^events\.out\.tfevents\.\d+\.lorikeet\.\d+$/;
 
 /** Paths of the event files that runs of this program wrote into a folder, in the order in which TensorBoard reads them. */
-export async function listEventFiles(outputDir: string): Promise<string[]> {
+async function listEventFiles(outputDir: string): Promise<string[]> {
   const folder = join(outputDir, eventFolder);
   try {
     const names = await readdir(folder);
@@ -24,6 +24,16 @@ export async function listEventFiles(outputDir: string): Promise<string[]> {
     if (['ENOENT', 'ENOTDIR'].includes(errorCode(error) ?? '')) return [];
     throw fileError(error, folder, 'cannot read');
   }
+}
+
+/** Removes what runs of this program wrote, and the folder when nothing else is in it. */
+export async function removeEventFiles(outputDir: string): Promise<void> {
+  const files = await listEventFiles(outputDir);
+  for (const path of files) await rm(path);
+  if (files.length === 0) return;
+  await rmdir(join(outputDir, eventFolder)).catch((error: unknown) => {
+    if (!['ENOTEMPTY', 'EEXIST'].includes(errorCode(error) ?? '')) throw error;
+  });
 }
 
 /** The numbers of an entry by tag, as the Trainer's callback names them: `eval_loss` is eval/loss, the rest train/. */
