@@ -64,7 +64,11 @@ function batchOf(step: number): Batch {
 async function run(
   name: string,
   options: LoadOptions,
-  { gradient_checkpointing = false, lora_dropout = 0.1 } = {},
+  {
+    gradient_checkpointing = false,
+    lora_dropout = 0.1,
+    neftune_noise_alpha,
+  }: { gradient_checkpointing?: boolean; lora_dropout?: number; neftune_noise_alpha?: number } = {},
 ): Promise<{ losses: number[]; parameters: number[][] }> {
   const live = device.stats().liveBytes;
   const model = await load(name, options);
@@ -73,6 +77,7 @@ async function run(
     learningRates: Array.from({ length: 10 }, () => 5e-3),
     lossScale: options.dtype === 'f16' ? {} : undefined,
     gradient_checkpointing,
+    neftune_noise_alpha,
   });
   const losses: number[] = [];
   // Windows of two micro-batches.
@@ -101,6 +106,13 @@ describe('ten steps', () => {
     expect(first.losses[9]).toBeLessThan(first.losses[0]);
     expect(await run(file, options)).toEqual(first);
     expect(await run(file, options, { gradient_checkpointing: true })).toEqual(first);
+  });
+
+  it('with noise on the embedded tokens: other losses, the same with checkpointing', async () => {
+    const options: LoadOptions = { dtype: 'f16' };
+    const noisy = await run('f32', options, { neftune_noise_alpha: 5 });
+    expect(noisy.losses).not.toEqual((await run('f32', options)).losses);
+    expect(await run('f32', options, { neftune_noise_alpha: 5, gradient_checkpointing: true })).toEqual(noisy);
   });
 
   it('over weights in 4 bits are those over the restored weights, to the bit', async () => {

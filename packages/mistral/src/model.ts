@@ -13,6 +13,7 @@ import {
   Linear,
   type ModelInput,
   Module,
+  noisyEmbedding,
   RMSNorm,
   VirtualTokens,
   type Weights,
@@ -284,7 +285,7 @@ export class Mistral extends Module implements CausalLM {
     const keysAndValues = begins ? virtual.keysAndValues() : undefined;
     // What is in the cache already, or goes through the blocks, is as real as the tokens.
     const at = virtual.count === 0 || keysAndValues !== undefined ? spans : widenSpans(spans, virtual.count);
-    let x = embed_tokens.forward(ids, this.dtype);
+    let x = noisyEmbedding(embed_tokens.forward(ids, this.dtype));
     const goOn = (next: Tensor): void => {
       // Only the tape, if any, still needs what came before.
       x.dispose();
