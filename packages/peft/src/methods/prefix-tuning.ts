@@ -36,9 +36,9 @@ import {
 } from '../virtual-tokens.js';
 
 /**
- * How a prefix starts. `near_zero`: values zero, keys normal with deviation 0.02, so that it takes a small share of the
- * attention and adds nothing. `zero`: all zeros, which gives all n tokens the same gradient for ever, unless they are
- * projected. `normal`: as PEFT's default does, which disturbs most.
+ * How a prefix starts. `normal`: normal numbers of deviation 1, or PyTorch's start of a projection, as PEFT's default does.
+ * `near_zero`: the same with all values at zero, so that it takes its share of the attention and adds nothing for it. `zero`:
+ * all zeros, nearest to the base, but without a projection all n tokens have the same gradient for ever.
  */
 export type PrefixTuningInit = 'near_zero' | 'zero' | 'normal';
 
@@ -190,13 +190,13 @@ function wrap(module: Module, { config: given, device, path, seed, loading }: Wr
   // Layer after layer first the keys, then the values.
   const isValue = (column: number): boolean => init === 'near_zero' && Math.floor(column / columns) % 2 === 1;
   if (!config.prefix_projection || loading) {
-    const std = { near_zero: 0.02, zero: 0, normal: 1 }[init];
+    const std = init === 'zero' ? 0 : 1;
     return new PrefixTokens(module, tensor(virtualTokensKey, [n, 2 * layers * columns], std, isValue));
   }
   const inner = config.encoder_hidden_size ?? columns;
   // The deviation of torch.nn.Linear's start, uniform up to 1 / sqrt(in).
   const std = (width: number): number => 1 / Math.sqrt(3 * width);
-  const outer = { near_zero: 0.02, zero: 0, normal: std(inner) }[init];
+  const outer = init === 'zero' ? 0 : std(inner);
   return new ProjectedPrefixTokens(module, {
     embedding: tensor('embedding.weight', [n, columns], 1),
     inner: [
@@ -205,7 +205,7 @@ function wrap(module: Module, { config: given, device, path, seed, loading }: Wr
     ],
     outer: [
       tensor('transform.2.weight', [2 * layers * columns, inner], outer, (i) => isValue(Math.floor(i / inner))),
-      tensor('transform.2.bias', [2 * layers * columns], init === 'normal' ? outer : 0),
+      tensor('transform.2.bias', [2 * layers * columns], outer, isValue),
     ],
   });
 }
