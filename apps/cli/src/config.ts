@@ -389,7 +389,7 @@ function crossCheck(config: Config, reader: Reader): void {
       'mh_adapter and output_adapter are both false; there is no place for an adapter',
     );
   }
-  virtualTokensCheck(config, complain, reader.notes);
+  virtualTokensCheck(config, complain);
   const pad = config.special_tokens.pad_token;
   if (pad !== null && pad === config.special_tokens.eos_token) {
     // Allowed: padding is masked by length, never by id.
@@ -430,9 +430,8 @@ function loraCheck({ lora, load_in_4bit }: Config, complain: (name: string, text
 
 /** Settings of prompts and prefixes that belong together. */
 function virtualTokensCheck(
-  { prompt_tuning: prompt, prefix_tuning: prefix, save_strategy }: Config,
+  { prompt_tuning: prompt, prefix_tuning: prefix }: Config,
   complain: (name: string, text: string) => void,
-  notes: string[],
 ): void {
   if (prompt !== undefined && (prompt.prompt_tuning_init === 'TEXT') !== (prompt.prompt_tuning_init_text !== null)) {
     const needs = 'prompt_tuning_init: TEXT and prompt_tuning_init_text belong together';
@@ -440,11 +439,6 @@ function virtualTokensCheck(
   }
   if (prefix?.prefix_projection === false && prefix.encoder_hidden_size !== null) {
     complain('prefix_tuning.encoder_hidden_size', 'encoder_hidden_size needs prefix_projection: true');
-  }
-  if (prefix?.prefix_projection === true && save_strategy !== 'no') {
-    notes.push(
-      'files hold what the projection of a prefix gives, not the projection: no run can go on from its checkpoints',
-    );
   }
 }
 
