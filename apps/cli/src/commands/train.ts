@@ -874,6 +874,7 @@ class Run {
             `lorikeet merge ${base} --adapter ${out} --output ${shellQuoted(`${config.output_dir.replace(/[\\/]+$/, '')}-merged`)} --verify`,
           ]),
       `lorikeet inspect ${out}`,
+      `lorikeet dashboard ${out}`,
     ]) {
       ui.line(`  ${line}`);
     }
