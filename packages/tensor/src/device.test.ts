@@ -1,9 +1,11 @@
 import { testDevice, testVariant } from '@lorikeet/testing';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
-import { type Device, openDevice, type DeviceOptions, planDevice } from './device.js';
+import { Device, openDevice, type DeviceOptions, planDevice } from './device.js';
 import { f16Bits, f16Value } from './dtype.js';
-import { DeviceError, OutOfMemoryError } from './errors.js';
+import { DeviceError, DeviceLostError, OutOfMemoryError } from './errors.js';
+import { openGpu } from '#gpu';
+import { GpuBackend } from './gpu-backend.js';
 import { defineKernel } from './kernel.js';
 import { defineOp } from './op.js';
 import { add } from './ops/add.js';
@@ -345,6 +347,33 @@ describe('errors of the device', () => {
     const other = await open();
     other.destroy();
     expect(() => other.zeros([1])).toThrow('the device was destroyed; open a new one with openDevice()');
+  });
+
+  it('a lost device ends every wait, pending or new, and every op with an error of its own', async () => {
+    const adapter = await (await openGpu()).requestAdapter();
+    const gpu = await adapter?.requestDevice();
+    if (gpu === undefined) throw new Error('no device');
+    const other = new Device(new GpuBackend(gpu), device.info, {});
+    const x = other.fromArray([1, 2, 3], [3]);
+    const y = scope(() => keep(add(x, x)));
+    const waits = [y.read(), other.idle()];
+    gpu.destroy();
+    const ended = await Promise.allSettled([...waits, gpu.lost.then(() => other.idle())]);
+    const reasons = ended.map((end): unknown => (end.status === 'rejected' ? end.reason : 'no error'));
+    for (const reason of reasons) {
+      expect(reason).toBeInstanceOf(DeviceLostError);
+      expect(String(reason)).toMatch(
+        /^DeviceLostError: the device was lost \(destroyed.*\), after the last kernels \(.*add.* of op add\); open a new one/,
+      );
+      expect(reason).toMatchObject({ reason: 'destroyed' });
+    }
+    for (const use of [() => scope(() => add(x, x)), () => x.read(), () => other.zeros([2])])
+      expect(use).toThrow(DeviceLostError);
+    // What is on it can still be freed.
+    x.dispose();
+    y.dispose();
+    expect(other.stats().liveBytes).toBe(0);
+    other.destroy();
   });
 });
 

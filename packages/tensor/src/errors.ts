@@ -25,6 +25,18 @@ export class DeviceError extends LorikeetError {
   override name = 'DeviceError';
 }
 
+/** The device is gone, and all tensors on it are; a new one is needed, on which everything is loaded again. */
+export class DeviceLostError extends DeviceError {
+  override name = 'DeviceLostError';
+  /** `destroyed` by this program; `unknown` for all else: driver reset, GPU taken away, a dispatch that took too long. */
+  readonly reason: GPUDeviceLostReason;
+
+  constructor(message: string, reason: GPUDeviceLostReason) {
+    super(message);
+    this.reason = reason;
+  }
+}
+
 /** No room: the pool's budget, a device limit, or the device itself. */
 export class OutOfMemoryError extends DeviceError {
   override name = 'OutOfMemoryError';

@@ -9,7 +9,7 @@ import {
   newBackendStats,
   type Work,
 } from './backend.js';
-import { DeviceError, OutOfMemoryError } from './errors.js';
+import { DeviceError, DeviceLostError, OutOfMemoryError } from './errors.js';
 import { type Kernel, kernelSource } from './kernel.js';
 
 // WebGPU's numeric constants; they are globals in a browser only.
@@ -69,7 +69,8 @@ export class GpuBackend implements Backend {
   #pending = 0;
   #profile: Profile | undefined;
   #failure: DeviceError | undefined;
-  #destroyed = false;
+  /** Who awaits an answer of the device. */
+  readonly #waiting = new Set<(error: DeviceError) => void>();
 
   constructor(device: GPUDevice) {
     this.#device = device;
@@ -80,14 +81,19 @@ export class GpuBackend implements Backend {
       usage: usage.uniform | usage.copyDst,
     });
     device.onuncapturederror = (event) => this.#fail(event.error.message, event.error.constructor.name);
-    void device.lost.then((lost) => {
-      if (!this.#destroyed) this.#fail(`the device was lost (${lost.reason}): ${lost.message}`, 'GPUDeviceLost');
+    void device.lost.then(({ reason, message }) => {
+      const last = this.#lastKernels();
+      this.#end(
+        new DeviceLostError(
+          `the device was lost (${reason}${message === '' ? '' : `: ${message}`}), after ${last}; open a new one with openDevice()`,
+          reason,
+        ),
+      );
     });
   }
 
   throwIfFailed(): void {
     if (this.#failure !== undefined) throw this.#failure;
-    if (this.#destroyed) throw new DeviceError('the device was destroyed; open a new one with openDevice()');
   }
 
   createBuffer(bufferId: number, bytes: number, label: string): void {
@@ -163,8 +169,7 @@ export class GpuBackend implements Backend {
     // Dawn keeps the staging memory of uploads until something is submitted, be it nothing.
     if (this.#encoder === undefined) this.#device.queue.submit([]);
     else this.flush();
-    expectAnswer();
-    await this.#device.queue.onSubmittedWorkDone();
+    await this.#answer(this.#device.queue.onSubmittedWorkDone());
     this.throwIfFailed();
   }
 
@@ -201,8 +206,7 @@ export class GpuBackend implements Backend {
       });
       commands.copyBufferToBuffer(resolved, 0, staging, 0, bytes);
       this.flush();
-      expectAnswer();
-      await staging.mapAsync(mapModeRead);
+      await this.#answer(staging.mapAsync(mapModeRead));
       return kernelTimes(timed, new BigUint64Array(staging.getMappedRange()));
     } finally {
       resolved.destroy();
@@ -217,8 +221,7 @@ export class GpuBackend implements Backend {
     this.#commands().copyBufferToBuffer(this.#buffer(bufferId), byteOffset, staging, 0, byteLength);
     this.flush();
     try {
-      expectAnswer();
-      await staging.mapAsync(mapModeRead, 0, byteLength);
+      await this.#answer(staging.mapAsync(mapModeRead, 0, byteLength));
     } catch (cause) {
       this.throwIfFailed();
       throw new DeviceError(`reading ${what} back failed: ${String(cause)}`, { cause });
@@ -236,9 +239,25 @@ export class GpuBackend implements Backend {
   }
 
   destroy(): void {
-    if (this.#destroyed) return;
-    this.#destroyed = true;
+    if (this.#failure instanceof DeviceLostError) return;
+    this.#end(new DeviceLostError('the device was destroyed; open a new one with openDevice()', 'destroyed'));
     this.#device.destroy();
+  }
+
+  /** What the device answers. A lost one keeps nobody waiting, even where the implementation leaves its promises pending. */
+  #answer<T>(answer: Promise<T>): Promise<T> {
+    expectAnswer();
+    return new Promise((resolve, reject) => {
+      if (this.#failure instanceof DeviceLostError) reject(this.#failure);
+      this.#waiting.add(reject);
+      answer.then(resolve, reject).finally(() => this.#waiting.delete(reject));
+    });
+  }
+
+  /** The device answers nothing any more. */
+  #end(error: DeviceLostError): void {
+    this.#failure ??= error;
+    for (const reject of this.#waiting) reject(this.#failure);
   }
 
   #buffer(bufferId: number): GPUBuffer {
@@ -388,18 +407,20 @@ export class GpuBackend implements Backend {
     this.#lastOp.set(kernel.name, op);
   }
 
+  #describe(kernel: string): string {
+    const op = this.#lastOp.get(kernel) ?? '';
+    return op === '' ? kernel : `${kernel} of op ${op}`;
+  }
+
+  #lastKernels(): string {
+    const names = [...this.#lastOp.keys()].slice(-8).map((kernel) => this.#describe(kernel));
+    return `the last kernels (${names.join(', ') || 'none was dispatched'})`;
+  }
+
   #fail(message: string, kind: string): void {
     if (this.#failure !== undefined) return;
-    const describe = (kernel: string): string => {
-      const op = this.#lastOp.get(kernel) ?? '';
-      return op === '' ? kernel : `${kernel} of op ${op}`;
-    };
-    const names = [...this.#lastOp.keys()];
-    const named = names.find((kernel) => message.includes(`"${kernel}"`));
-    const where =
-      named !== undefined
-        ? `kernel ${describe(named)}`
-        : `one of the last kernels (${names.slice(-8).map(describe).join(', ') || 'none was dispatched'})`;
+    const named = [...this.#lastOp.keys()].find((kernel) => message.includes(`"${kernel}"`));
+    const where = named === undefined ? `one of ${this.#lastKernels()}` : `kernel ${this.#describe(named)}`;
     const code = named !== undefined && /WGSL|ShaderModule/.test(message) ? this.#sources.get(named) : undefined;
     const source =
       code === undefined
