@@ -163,6 +163,7 @@ export class ProjectedPrefixTokens extends TrainedTokens {
     yield ['transform.2.bias', this.outer_bias];
   }
 
+  /** The keys and values that the network gives. */
   async exportedParameters(): Promise<readonly ExportedParameter[]> {
     const made = scope(() => keep(this.keysAndValues()));
     const reading = made.read();
@@ -170,6 +171,7 @@ export class ProjectedPrefixTokens extends TrainedTokens {
     return [{ name: virtualTokensKey, shape: this.#shape, values: Float32Array.from(await reading) }];
   }
 
+  /** The shape of what it gives. */
   exportedShapes(): ReadonlyMap<string, readonly number[]> {
     return new Map([[virtualTokensKey, this.#shape]]);
   }
