@@ -26,6 +26,7 @@ const suites = [
   { name: 'attention', file: 'packages/tensor/bench/attention.ts' },
   { name: 'lora-step', file: 'apps/cli/bench/lora-step.ts' },
   { name: 'decode', file: 'packages/mistral/bench/decode.ts' },
+  { name: 'svd', file: 'packages/peft/bench/svd.ts' },
   { name: 'peers', file: 'packages/tensor/bench/peers.ts' },
 ];
 
