@@ -40,7 +40,7 @@ const generated = async (...flags: string[]): Promise<unknown> => {
   return object(out)['tokens'];
 };
 
-it('trains on it, generates, and merges into the 16-bit base', async () => {
+it('trains on it, generates, and merges into what the 4 bits restore to', async () => {
   const result = await train('model', 'out', 'load_in_4bit=true');
   expect(result.err).toContain('4-bit scales are quantised too');
   expect(result.code).toBe(0);
@@ -51,6 +51,7 @@ it('trains on it, generates, and merges into the 16-bit base', async () => {
   expect(await generated(...loaded, '--load-in-4bit')).toHaveLength(4);
   const merge = await cli(['merge', ...loaded, '--output', at('merged')]);
   expect(merge.code).toBe(0);
+  expect(merge.err).toContain('trained on the base in 4 bits, so it is merged into what these restore to');
   const file = await openCheckpointFolder(at('merged'));
   expect([...file.tensors.keys()].filter((name) => !name.endsWith('.weight'))).toEqual([]);
   await file.close();

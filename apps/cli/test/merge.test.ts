@@ -169,6 +169,9 @@ describe('onto a base in 4 bits', () => {
     expect(report).toMatchObject({ base_in_4bit: true, verification: { argmax_flips: 0, label_flips: null } });
     expect(Number(object(report['verification'])['max_logit_difference'])).toBeLessThan(2e-3);
     await expectSameFiles('merged-4', 'whole', ['config.json', 'model.safetensors']);
+    await writeFile(at('adapter', 'run.yaml'), 'lora:\n  init_lora_weights: loftq\n');
+    expect(await merge('f32', 'merged-loftq')).toMatchObject({ base_in_4bit: true });
+    await expectSameFiles('merged-loftq', 'whole', ['model.safetensors']);
     const stored = await merge('f32', 'merged-stored', '--no-load-in-4bit');
     expect(stored).toMatchObject({ base_in_4bit: false });
     const [a, b] = [
