@@ -34,6 +34,7 @@ export {
   type ParamType,
   type Width,
 } from './kernel.js';
+export * from './non-finite.js';
 export * from './op.js';
 export { capacityOf, type MemoryParts } from './pool.js';
 export { keep, own, Owned, scope, scopeDepth } from './scope.js';

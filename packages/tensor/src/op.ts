@@ -150,6 +150,37 @@ export function withRecorder<T>(next: Recorder | undefined, fn: () => T): T {
   }
 }
 
+/** Looks at what ops compute while they run: for diagnoses. */
+export interface OpObserver {
+  /**
+   * An op has run. What is given back hears of the gradients of its inputs when backward has computed them: undefined for
+   * those that were not wanted.
+   * @param outputs those that were computed
+   */
+  ran(
+    name: string,
+    outputs: readonly Tensor[],
+  ): ((gradients: readonly (Tensor | undefined)[]) => void) | undefined | void;
+}
+
+let observer: OpObserver | undefined;
+
+/** Runs `fn` while `next` is told of every op, but not of ops that an op is made of; undefined tells nobody. */
+export function withOpObserver<T>(next: OpObserver | undefined, fn: () => T): T {
+  const before = observer;
+  observer = next;
+  try {
+    return fn();
+  } finally {
+    observer = before;
+  }
+}
+
+/** Runs the inside of an op, of which neither recorder nor observer hears. */
+function unheard<T>(fn: () => T): T {
+  return withRecorder(undefined, () => withOpObserver(undefined, fn));
+}
+
 /** Declares an op. Export a function that calls `run`. */
 export function defineOp<A>(spec: OpSpec<A>): Op<A> {
   const parsed = parseContract(spec.contract);
@@ -177,8 +208,10 @@ function runOp<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tensor[], 
       const wanted = demand?.wanted ?? shapes.map(() => true);
       const { outputs, saved = [] } =
         demand?.skip === undefined
-          ? withRecorder(undefined, () => spec.forward(inputs, { attrs, shapes, needs, wanted }))
+          ? unheard(() => spec.forward(inputs, { attrs, shapes, needs, wanted }))
           : skipped(device, demand.skip, inputs);
+      const computed = demand?.skip === undefined ? outputs.filter((_, i) => wanted[i]) : [];
+      const hearsGradients = observer?.ran(spec.name, computed);
       if (heard === undefined) return outputs;
       const application: Application = { name: spec.name, inputs, outputs, saved, needs };
       if (!needs.includes(true)) {
@@ -198,13 +231,17 @@ function runOp<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tensor[], 
       heard.record({
         ...application,
         vjp: (dys, kept, { into = [], spare = [] } = {}) =>
-          named('backward', () => vjp({ dys, saved: kept, needs, attrs, shapes: inputShapes, into, spare })),
+          named('backward', () => {
+            const gradients = unheard(() => vjp({ dys, saved: kept, needs, attrs, shapes: inputShapes, into, spare }));
+            hearsGradients?.(gradients);
+            return gradients;
+          }),
         again:
           spec.cheap !== true
             ? undefined
             : (xs) =>
                 named('again', () =>
-                  withRecorder(undefined, () =>
+                  unheard(() =>
                     scope(
                       () =>
                         spec.forward(xs, {
