@@ -24,6 +24,8 @@ interface ChartKind {
   readonly evaluated?: string;
   /** Not measured but known: there is nothing to smooth. */
   readonly exact?: true;
+  /** The end of the axis, where the numbers have an end. */
+  readonly most?: number;
   readonly text: (value: number) => string;
 }
 
@@ -33,6 +35,7 @@ const kinds: readonly ChartKind[] = [
     title: 'Token accuracy',
     train: 'mean_token_accuracy',
     evaluated: 'eval_mean_token_accuracy',
+    most: 1,
     text: percent,
   },
   { title: 'Learning rate', train: 'learning_rate', exact: true, text: shortNumber },
@@ -128,13 +131,17 @@ class Chart {
     this.#plot?.destroy();
     this.#made = made;
     const axis = { stroke: themeColour('--quiet'), grid: { stroke: themeColour('--grid') }, ticks: { show: false } };
-    const { text } = this.#kind;
+    const { text, most = Infinity } = this.#kind;
+    const range = (_: uPlot, low: number, high: number): uPlot.Range.MinMax => {
+      const [from, to] = uPlot.rangeNum(low, high, 0.1, true);
+      return [from, to === null ? to : Math.min(to, most)];
+    };
     const along = (value: number): string => (this.#axis === 'time' ? durationText(value) : shortNumber(value));
     const plot = new uPlot(
       {
         ...this.#size(),
         legend: { show: false },
-        scales: { x: { time: false } },
+        scales: { x: { time: false }, y: { range } },
         axes: [
           { ...axis, size: 30, values: (_, splits) => splits.map(along) },
           { ...axis, size: 68, values: (_, splits) => splits.map(text) },
