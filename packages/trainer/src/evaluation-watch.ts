@@ -23,12 +23,6 @@ export interface WatchState {
   readonly plateau: PlateauState | null;
 }
 
-/** What an evaluation measured. */
-interface Measured {
-  readonly loss: number;
-  readonly tokenAccuracy: number;
-}
-
 /** Follows the evaluations of a run. */
 export class EvaluationWatch {
   readonly #accuracy: boolean;
@@ -57,7 +51,11 @@ export class EvaluationWatch {
   }
 
   /** Takes an evaluation. `better`: than all before. `rate`: the learning rate of the coming steps, where it fell. */
-  take(measured: Measured): { readonly value: number; readonly better: boolean; readonly rate: number | undefined } {
+  take(measured: { readonly loss: number; readonly tokenAccuracy: number }): {
+    readonly value: number;
+    readonly better: boolean;
+    readonly rate: number | undefined;
+  } {
     const value = this.#accuracy ? measured.tokenAccuracy : measured.loss;
     const better = this.isBetter(value, this.#best);
     const enough = better && (this.#best === null || Math.abs(value - this.#best) > this.#threshold);
