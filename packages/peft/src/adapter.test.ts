@@ -171,7 +171,7 @@ describe('an adapter', () => {
     expect(() => peftConfig({ r: 0 })).toThrow('r must be an integer >= 1');
     const model = new TinyModel(device);
     const peft = peftConfig({ r: 2, target_modules: ['q_proj'] }, { seed: 7 });
-    expect(peft.config.r).toBe(2);
+    expect(peft.config).toMatchObject({ peft_type: 'LORA', r: 2 });
     const adapter = peft.inject(model);
     expect(adapter.config).toBe(peft.config);
     expect([...adapter.layers.keys()]).toEqual(['q_proj']);
