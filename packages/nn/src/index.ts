@@ -7,6 +7,7 @@ export * from './calibration.js';
 export * from './layers.js';
 export * from './model.js';
 export * from './module.js';
+export * from './non-finite.js';
 export * from './random.js';
 export * from './training.js';
 export * from './weights.js';
