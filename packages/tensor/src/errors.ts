@@ -29,9 +29,9 @@ export class DeviceError extends LorikeetError {
 export class DeviceLostError extends DeviceError {
   override name = 'DeviceLostError';
   /** `destroyed` by this program; `unknown` for all else: driver reset, GPU taken away, a dispatch that took too long. */
-  readonly reason: GPUDeviceLostReason;
+  readonly reason: 'unknown' | 'destroyed';
 
-  constructor(message: string, reason: GPUDeviceLostReason) {
+  constructor(message: string, reason: DeviceLostError['reason']) {
     super(message);
     this.reason = reason;
   }
