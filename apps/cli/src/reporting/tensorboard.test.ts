@@ -57,12 +57,18 @@ function fields(message: Buffer): Field[] {
     at += length;
     return message.subarray(at - length, at);
   };
+  const wires = new Map<number, () => bigint | Buffer>([
+    [0, varint],
+    [1, () => take(8)],
+    [2, () => take(Number(varint()))],
+    [5, () => take(4)],
+  ]);
   while (at < message.length) {
     const key = Number(varint());
     const wire = key & 7;
-    const value = { 0: varint, 1: () => take(8), 2: () => take(Number(varint())), 5: () => take(4) }[wire]?.();
-    if (value === undefined) throw new Error(`wire type ${wire}`);
-    found.push({ number: key >> 3, wire, value });
+    const read = wires.get(wire);
+    if (read === undefined) throw new Error(`wire type ${wire}`);
+    found.push({ number: key >> 3, wire, value: read() });
   }
   return found;
 }
