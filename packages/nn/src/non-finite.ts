@@ -123,9 +123,9 @@ function methodsOf(module: Module): Set<string> {
   return names;
 }
 
-/** One line: `output of op "swiglu" in model.layers.3.mlp, 3 of 4096 elements (inf), the first at [0, 7, 12]`. */
+/** One line: `output of op "swiglu" in model.layers.3.mlp, 3 of 4096 elements (inf), the first at [0, 7, 12], in f16, micro-step 12`. */
 export function describeNonFinite(found: NonFinite): string {
-  const { kind, name, module, index, shape, dtype, infinite, nan, first } = found;
+  const { kind, name, module, index, shape, dtype, infinite, nan, first, microStep } = found;
   const kinds = [...(infinite > 0 ? ['inf'] : []), ...(nan > 0 ? ['NaN'] : [])].join(' and ');
   const size = shape.reduce((a, b) => a * b, 1);
   const place = module === '' ? '' : ` in ${module}`;
@@ -134,5 +134,5 @@ export function describeNonFinite(found: NonFinite): string {
     output: `${index === 0 ? 'output' : `output ${index}`} of op "${name}"${place}`,
     gradient: `backward of op "${name}"${place}, the gradient of its input ${index}`,
   }[kind];
-  return `${what}, ${infinite + nan} of ${size} elements (${kinds}), the first at [${first.join(', ')}], in ${dtype}`;
+  return `${what}, ${infinite + nan} of ${size} elements (${kinds}), the first at [${first.join(', ')}], in ${dtype}${microStep === undefined ? '' : `, micro-step ${microStep}`}`;
 }

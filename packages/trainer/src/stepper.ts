@@ -1,6 +1,6 @@
 /** Optimizer steps over windows of micro-batches: gradients, accumulation, and the randomness of training. */
 import { valueAndGrad } from '@lorikeet/autograd';
-import { type CausalLM, withTraining } from '@lorikeet/nn';
+import { type CausalLM, findNonFinite, type NonFinite, withTraining } from '@lorikeet/nn';
 import { addInto, keep, LorikeetError, scope, type Tensor } from '@lorikeet/tensor';
 import type { TrainingArguments } from './arguments.js';
 import type { Batch } from './data.js';
@@ -120,6 +120,23 @@ export class Stepper {
       tokenAccuracy: record.correct / supervisedTokens,
       supervisedTokens,
     }));
+  }
+
+  /**
+   * Runs a window again, with the parameters and the loss scale as they are now, and finds where its values stop being
+   * finite. The gradients that are there are lost.
+   * @param microStep number of the window's first micro-step
+   */
+  async findNonFinite(window: readonly Batch[], microStep: number): Promise<NonFinite | undefined> {
+    return findNonFinite(this.#model, () => {
+      const next = this.microStep;
+      this.microStep = microStep;
+      try {
+        disposeSums(this.gradients(window).sums);
+      } finally {
+        this.microStep = next;
+      }
+    });
   }
 
   /** Frees the optimizer's state. */

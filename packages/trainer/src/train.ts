@@ -1,5 +1,5 @@
 /** The training loop: an async generator that the caller drives. Blind to the model's architecture and to the adapter. */
-import type { CausalLM } from '@lorikeet/nn';
+import type { CausalLM, NonFinite } from '@lorikeet/nn';
 import {
   type ByteFolder,
   type JsonObject,
@@ -88,6 +88,12 @@ export interface StepRecord {
   readonly peakBytes: number;
   /** Seconds since the run began. */
   readonly seconds: number;
+  /**
+   * There where a loss or gradient was not finite. Runs the step's micro-batches again, with the parameters and the loss scale
+   * as they are now, and finds the first values that are not finite; undefined when now all are. Before the next record is
+   * asked for.
+   */
+  readonly diagnose?: () => Promise<NonFinite | undefined>;
 }
 
 /** An evaluation between steps. */
@@ -300,7 +306,14 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
   /** Step that the checkpoint yielded last was of, and whether it can still be written. */
   let saved = firstStep - 1;
   let writable = false;
-  const pending: { step: number; tokens: number; epoch: number; done: Promise<WindowRecord> }[] = [];
+  const pending: {
+    readonly step: number;
+    readonly epoch: number;
+    readonly window: readonly Batch[];
+    /** Number of its first micro-step. */
+    readonly microStep: number;
+    readonly done: Promise<WindowRecord>;
+  }[] = [];
 
   const settle = async (next: (typeof pending)[number]): Promise<StepRecord> => {
     const record = await next.done;
@@ -309,6 +322,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     if (record.skipped) skippedSteps++;
     const now = performance.now();
     const seconds = (now - lastRecord) / 1000;
+    const tokens = next.window.reduce((sum, b) => sum + realTokens(b), 0);
     lastRecord = now;
     return {
       kind: 'step',
@@ -323,10 +337,13 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
       skipped: record.skipped,
       skippedSteps,
       supervisedTokens: record.supervisedTokens,
-      tokens: next.tokens,
-      tokensPerSecond: next.tokens / Math.max(seconds, 1e-9),
+      tokens,
+      tokensPerSecond: tokens / Math.max(seconds, 1e-9),
       peakBytes: peakBytes(),
       seconds: (now - began) / 1000,
+      ...(record.skipped || !Number.isFinite(record.loss)
+        ? { diagnose: () => stepper.findNonFinite(next.window, next.microStep) }
+        : {}),
     };
   };
 
@@ -434,15 +451,11 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
         window.push(toBatch(rows.map((row) => trainDataset[row])));
         ended = endsEpoch;
       }
+      const { microStep } = stepper;
       const done = stepper.step(window);
       // It is awaited later; until then a failure must not count as one that nobody hears.
       done.catch(() => {});
-      pending.push({
-        step,
-        tokens: window.reduce((sum, b) => sum + realTokens(b), 0),
-        epoch: step / perEpoch,
-        done,
-      });
+      pending.push({ step, epoch: step / perEpoch, window, microStep, done });
       while (pending.length > lag) yield await settle(pending.shift() ?? pending[0]);
       yield* after(step);
     }
