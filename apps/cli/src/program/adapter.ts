@@ -1,29 +1,19 @@
 /** The command line of `lorikeet adapter`. */
 import { type Command, Option } from 'commander';
-import type { Runner } from './context.js';
-import { integer, list, number, numbers } from './flag-values.js';
+import type { Runner } from '../context.js';
+import { integer, list, number, numbers } from '../flag-values.js';
+import { addCommand, withHub } from './shared.js';
 
-/**
- * Adds the group.
- * @param add adds a command with the flags that every command has
- * @param run runs a command's action with its context
- */
-export function addAdapterCommands(
-  program: Command,
-  add: (parent: Command, name: string, description: string, examples: string) => Command,
-  run: Runner,
-): void {
+/** Adds the group. */
+export function addAdapterCommands(program: Command, run: Runner): void {
   const group = program
     .command('adapter')
     .description('Makes LoRA adapters of others, and of models that were fine-tuned whole; says what they lack.');
   const withOutput = (command: Command): Command =>
-    command
-      .requiredOption('--output <folder>', 'folder of the new adapter; must be new or empty')
-      .option('--cache-dir <folder>', 'where downloads are kept (default: HF_HOME)')
-      .option('--offline', 'use what is in the cache and ask no server');
+    withHub(command.requiredOption('--output <folder>', 'folder of the new adapter; must be new or empty'));
 
   withOutput(
-    add(
+    addCommand(
       group,
       'combine',
       'Makes one adapter of the weighted sum of several of one base: exactly (cat), as the best of a rank (svd), or as PEFT adds factors (linear, with cross terms).',
@@ -40,13 +30,13 @@ lorikeet adapter combine ./new ./old --weights 1,-0.5 --rank 8 --output ./less`,
     .option('--rank <r>', 'rank of the result with svd (default: the largest of the adapters)', integer(1))
     .action(async (adapters: string[], _options: unknown, command: Command) => {
       await run(command, async (context) => {
-        const { runCombine } = await import('./commands/adapter.js');
+        const { runCombine } = await import('../commands/adapter.js');
         await runCombine(context, adapters, command.opts());
       });
     });
 
   withOutput(
-    add(
+    addCommand(
       group,
       'truncate',
       'Makes the best adapter of a lower rank of an adapter.',
@@ -59,13 +49,13 @@ lorikeet adapter truncate ./out --energy 0.99 --output ./small     each layer as
     .option('--energy <share>', 'share of the squared singular values that each layer keeps', number(0, 1))
     .action(async (adapter: string, _options: unknown, command: Command) => {
       await run(command, async (context) => {
-        const { runTruncate } = await import('./commands/adapter.js');
+        const { runTruncate } = await import('../commands/adapter.js');
         await runTruncate(context, adapter, command.opts());
       });
     });
 
   withOutput(
-    add(
+    addCommand(
       group,
       'extract',
       'Makes the best adapter of a rank of what fine-tuning a whole model has changed.',
@@ -80,7 +70,7 @@ lorikeet adapter extract --base ./model --tuned ./fine-tuned --rank 8 --targets 
     .option('--revision <name>', 'branch, tag or commit of the base on the hub')
     .action(async (_options: unknown, command: Command) => {
       await run(command, async (context) => {
-        const { runExtract } = await import('./commands/adapter.js');
+        const { runExtract } = await import('../commands/adapter.js');
         await runExtract(context, command.opts());
       });
     });
