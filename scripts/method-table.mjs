@@ -1,10 +1,11 @@
 // The table of docs/methods.md: every PEFT method on the small base, with the same rows, steps and batch.
 //
-//   node scripts/method-table.mjs TRAIN.jsonl TEST.jsonl [--steps 270] [--limit ROWS] [--methods lora,ia3] [--fresh] [--write]
+//   node scripts/method-table.mjs TRAIN.jsonl TEST.jsonl [--steps 270] [--limit ROWS] [--methods lora,ia3] [--fresh] [--times STEPS] [--write]
 //
 // The files have rows of instruction, input and output, as FinGPT's sets have them. Runs lie in out/methods; what is there
-// already, of the same steps and files, is not done again unless --fresh. --write puts the table into docs/methods.md.
-// Needs a build (`pnpm build`).
+// already, of the same steps and files, is not done again unless --fresh. --times takes the time of a step from short runs of
+// that many steps, one after the other: for a machine that had other work during the long ones. --write puts the table into
+// docs/methods.md. Needs a build (`pnpm build`).
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { cpus } from 'node:os';
@@ -62,6 +63,7 @@ const { values: flags, positionals } = parseArgs({
     steps: { type: 'string', default: '270' },
     limit: { type: 'string' },
     methods: { type: 'string' },
+    times: { type: 'string' },
     fresh: { type: 'boolean', default: false },
     write: { type: 'boolean', default: false },
   },
@@ -73,7 +75,7 @@ if (trainFile === undefined || testFile === undefined || positionals.length > 2 
   console.error(
     unknown.length > 0
       ? `there is no method ${unknown.join(', ')}; there is ${methods.map(({ id }) => id).join(', ')}`
-      : 'usage: node scripts/method-table.mjs TRAIN.jsonl TEST.jsonl [--steps 270] [--limit ROWS] [--methods a,b] [--fresh] [--write]',
+      : 'usage: node scripts/method-table.mjs TRAIN.jsonl TEST.jsonl [--steps 270] [--limit ROWS] [--methods a,b] [--fresh] [--times STEPS] [--write]',
   );
   process.exit(2);
 }
@@ -85,6 +87,12 @@ mkdirSync(out, { recursive: true });
 const rows = [measured('base', 'the base, not trained', undefined)];
 for (const method of methods) {
   if (wanted.includes(method.id)) rows.push(measured(method.id, method.name, method));
+}
+if (flags.times !== undefined) {
+  for (const row of rows) {
+    const method = methods.find(({ id }) => id === row.id);
+    if (method !== undefined) row.stepMs = train(join(out, 'times'), method, flags.times).stepMs;
+  }
 }
 const table = markdown(rows);
 console.log(`\n${table}`);
@@ -112,8 +120,7 @@ function measured(id, name, method) {
     if (row.settings === settings) return row;
   }
   console.log(`\n== ${name}`);
-  rmSync(folder, { recursive: true, force: true });
-  const trained = method === undefined ? untrained() : train(folder, method);
+  const trained = method === undefined ? untrained() : train(folder, method, flags.steps);
   const { weighted_f1: f1, invalid_share: invalid } = evaluate(method === undefined ? undefined : folder);
   /** @type {Row} */
   const row = { id, name, settings, ...trained, f1, invalid };
@@ -129,8 +136,10 @@ function untrained() {
 /**
  * @param {string} folder
  * @param {Method} method
+ * @param {string} steps
  */
-function train(folder, { rate, keys }) {
+function train(folder, { rate, keys }, steps) {
+  rmSync(folder, { recursive: true, force: true });
   lorikeet([
     'train',
     '-c',
@@ -139,10 +148,10 @@ function train(folder, { rate, keys }) {
     `train_file=${trainFile}`,
     'validation_split=0',
     `per_device_train_batch_size=${batch}`,
-    `max_steps=${flags.steps}`,
+    `max_steps=${steps}`,
     `learning_rate=${rate}`,
     'logging_steps=1',
-    `save_steps=${flags.steps}`,
+    `save_steps=${steps}`,
     `output_dir=${folder}`,
     '--json',
   ]);
@@ -150,15 +159,15 @@ function train(folder, { rate, keys }) {
   const log = readFileSync(join(folder, 'train_log.jsonl'), 'utf8').trim().split('\n');
   const seconds = log.map((/** @type {string} */ line) => Number(JSON.parse(line).seconds));
   // The first step makes kernels and tables that the others find.
-  const steps = seconds.slice(1).map((/** @type {number} */ now, /** @type {number} */ i) => now - seconds[i]);
-  const checkpoint = join(folder, `checkpoint-${flags.steps}`);
+  const times = seconds.slice(1).map((/** @type {number} */ now, /** @type {number} */ i) => now - seconds[i]);
+  const checkpoint = join(folder, `checkpoint-${steps}`);
   const file = ['adapter_model.safetensors', 'adapter.safetensors'].find((name) => existsSync(join(folder, name)));
   return {
     device: `${run.device.description}`,
     trainable: Number(run.trainable_parameters),
     adapterBytes: sizeOf(join(folder, `${file}`)),
     stateBytes: sizeOf(join(checkpoint, 'optimizer.safetensors')),
-    stepMs: 1000 * median(steps),
+    stepMs: 1000 * median(times),
   };
 }
 
@@ -211,7 +220,7 @@ function markdown(/** @type {Row[]} */ found) {
   const tested = flags.limit === undefined ? '' : `, the first ${flags.limit} rows`;
   return [
     `\`${base}\` on \`${basename(trainFile)}\`: ${flags.steps} steps of ${batch} rows, cosine, one run each; measured on \`${basename(testFile)}\`${tested} by free`,
-    `answers. Lorikeet ${version}, ${new Date().toISOString().slice(0, 10)}, ${device} (${cpus()[0]?.model.trim() ?? 'unknown'}, ${cpus().length} threads); a step is the median of all.`,
+    `answers. Lorikeet ${version}, ${new Date().toISOString().slice(0, 10)}, ${device} (${cpus()[0]?.model.trim() ?? 'unknown'}, ${cpus().length} threads); a step is the median of ${flags.times ?? 'all'}.`,
     '',
     '| method | learning rate | trained parameters | adapter file, bytes | optimizer state, bytes | a step | weighted F1 | invalid |',
     '|---|---|---|---|---|---|---|---|',
