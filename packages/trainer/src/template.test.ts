@@ -83,11 +83,20 @@ describe('stringTemplate', () => {
     ['{prompt} {output}', '{prompt} does not go with {output}'],
     ['{instruction} {completion}', '{instruction} does not go with {completion}'],
     ['{output} then {input}', '{input} stands behind {output}'],
+    ['{headline} {label} {label}', 'the last placeholder stands for the answer, so it must stand there once'],
+    ['{headline}', '{headline} stands alone'],
     ['{ "a": {output} }', 'the brace at character 1 opens no placeholder'],
     ['{output} }', 'the brace at character 10 closes no placeholder'],
   ])('refuses %s', (template, message) => {
     expect(() => stringTemplate(template)).toThrow(TemplateError);
     expect(() => stringTemplate(template)).toThrow(message);
+  });
+
+  it('takes columns of other names, the last of which is the answer', () => {
+    const template = stringTemplate('News: {headline}\nMood: {label}!');
+    expect(template.prompt({ headline: 'Up.', label: 'good' })).toBe('News: Up.\nMood: ');
+    expect(template.completion({ headline: 'Up.', label: 'good' })).toBe('good');
+    expect(template).toMatchObject({ terminator: '!', promptFields: ['headline'], completionField: 'label' });
   });
 
   it('refuses special tokens that are not in it', () => {

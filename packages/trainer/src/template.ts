@@ -94,26 +94,23 @@ const fieldSets = [
   { output: 'completion', prompt: ['prompt'] },
 ];
 
-/**
- * A template from a text with placeholders: `{instruction}` and `{input}` with `{output}`, or `{prompt}` with `{completion}`.
- * The output's placeholder stands there exactly once; what stands behind it is the trained end of every completion (nothing:
- * the eos token is). `{{` and `}}` are braces. Rows are put in once: braces in them mean nothing.
- *
- * @throws TemplateError for unknown, mixed, missing, repeated or misplaced placeholders
- */
-export function stringTemplate(template: string, options: StringTemplateOptions = {}): PromptTemplate {
-  const { specialTokens = [] } = options;
-  const name = options.name ?? JSON.stringify(template.length > 40 ? `${template.slice(0, 37)}...` : template);
-  const pieces = parse(name, template);
-  const used = pieces.flatMap((piece) => ('field' in piece ? [piece.field] : []));
+/** The placeholder of the answer among those of a template, in their order. */
+function answerField(name: string, used: readonly string[]): string {
   const known = fieldSets.flatMap((set) => [...set.prompt, set.output]);
   const unknown = used.find((field) => !known.includes(field));
-  if (unknown !== undefined) {
+  const outputs = used.filter((field) => fieldSets.some((set) => set.output === field));
+  if (unknown !== undefined && outputs.length === 0) {
+    const last = used[used.length - 1];
+    if (used.indexOf(last) === used.length - 1 && used.length > 1) return last;
     throw new TemplateError(
-      `prompt template ${name}: unknown placeholder {${unknown}}; known are ${known.map((field) => `{${field}}`).join(', ')}`,
+      `prompt template ${name}: the last placeholder stands for the answer, so it must stand there once and behind others; {${last}} ${used.length === 1 ? 'stands alone' : 'stands there more than once'}`,
     );
   }
-  const outputs = used.filter((field) => fieldSets.some((set) => set.output === field));
+  if (unknown !== undefined) {
+    throw new TemplateError(
+      `prompt template ${name}: unknown placeholder {${unknown}}; beside {${outputs[0]}} known are ${known.map((field) => `{${field}}`).join(', ')}`,
+    );
+  }
   if (outputs.length !== 1) {
     throw new TemplateError(
       `prompt template ${name}: the placeholder {output} (or {completion}) must stand there exactly once; it stands there ${outputs.length === 0 ? 'never' : `${outputs.length} times`}`,
@@ -127,6 +124,22 @@ export function stringTemplate(template: string, options: StringTemplateOptions 
       `prompt template ${name}: {${foreign}} does not go with {${output}}; use {instruction} and {input} with {output}, or {prompt} with {completion}`,
     );
   }
+  return output;
+}
+
+/**
+ * A template from a text with placeholders: `{instruction}` and `{input}` with `{output}`, `{prompt}` with `{completion}`, or
+ * columns of other names, of which the last is the answer, as in `News: {headline}\nMood: {label}`. The answer's placeholder stands there exactly once; what stands behind it is the trained end of every completion (nothing:
+ * the eos token is). `{{` and `}}` are braces. Rows are put in once: braces in them mean nothing.
+ *
+ * @throws TemplateError for unknown, mixed, missing, repeated or misplaced placeholders
+ */
+export function stringTemplate(template: string, options: StringTemplateOptions = {}): PromptTemplate {
+  const { specialTokens = [] } = options;
+  const name = options.name ?? JSON.stringify(template.length > 40 ? `${template.slice(0, 37)}...` : template);
+  const pieces = parse(name, template);
+  const used = pieces.flatMap((piece) => ('field' in piece ? [piece.field] : []));
+  const output = answerField(name, used);
   const at = pieces.findIndex((piece) => 'field' in piece && piece.field === output);
   const before = pieces.slice(0, at);
   const behind = pieces.slice(at + 1);
