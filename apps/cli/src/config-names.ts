@@ -1,48 +1,102 @@
 /** Names of keys and values that a run file may hold beside its own: other spellings, and what other tools know. */
 import { adapterSections } from './config-adapter.js';
 
-/** Accepted names and the name that counts. */
+/** Accepted names and the name that counts; values mean the same. */
 export const aliases: Readonly<Record<string, string>> = {
   model: 'model_name_or_path',
   base_model: 'model_name_or_path',
+  model_name: 'model_name_or_path',
+  base_model_name_or_path: 'model_name_or_path',
+  pretrained_model_name_or_path: 'model_name_or_path',
+  model_revision: 'revision',
   max_seq_length: 'max_length',
+  max_seq_len: 'max_length',
   cutoff_len: 'max_length',
+  sequence_len: 'max_length',
   batch_size: 'per_device_train_batch_size',
   micro_batch_size: 'per_device_train_batch_size',
+  eval_batch_size: 'per_device_eval_batch_size',
+  grad_accumulation_steps: 'gradient_accumulation_steps',
   epochs: 'num_train_epochs',
+  num_epochs: 'num_train_epochs',
+  iters: 'max_steps',
+  lr: 'learning_rate',
+  lr_scheduler: 'lr_scheduler_type',
+  clip_grad_norm: 'max_grad_norm',
+  grad_checkpoint: 'gradient_checkpointing',
+  enable_activation_checkpointing: 'gradient_checkpointing',
   torch_dtype: 'dtype',
+  val_size: 'validation_split',
+  val_set_size: 'validation_split',
+  eval_file: 'validation_file',
+  mask_prompt: 'completion_only_loss',
+  sample_packing: 'packing',
   evaluation_strategy: 'eval_strategy',
-};
-
-/** Names that are common elsewhere and too far from ours for the spelling to find them. */
-export const suggestions: Readonly<Record<string, string>> = {
-  rank: 'lora.r',
+  steps_per_eval: 'eval_steps',
+  steps_per_report: 'logging_steps',
+  log_every_n_steps: 'logging_steps',
+  save_every: 'save_steps',
+  adapter_path: 'output_dir',
+  label_smoothing: 'label_smoothing_factor',
   lora_r: 'lora.r',
   lora_rank: 'lora.r',
-  alpha: 'lora.lora_alpha',
+  'lora.rank': 'lora.r',
   lora_alpha: 'lora.lora_alpha',
-  dropout: 'lora.lora_dropout',
+  'lora.alpha': 'lora.lora_alpha',
   lora_dropout: 'lora.lora_dropout',
+  'lora.dropout': 'lora.lora_dropout',
   lora_target: 'lora.target_modules',
   lora_target_modules: 'lora.target_modules',
-  target_modules: 'lora.target_modules',
-  'lora.rank': 'lora.r',
-  'lora.alpha': 'lora.lora_alpha',
-  'lora.dropout': 'lora.lora_dropout',
+  'lora.lora_target_modules': 'lora.target_modules',
   'lora.keys': 'lora.target_modules',
-  lr: 'learning_rate',
-  iters: 'max_steps',
-  steps: 'max_steps',
-  steps_per_eval: 'eval_steps',
-  adapter_path: 'output_dir',
+  lora_modules_to_save: 'lora.modules_to_save',
+  use_rslora: 'lora.use_rslora',
+  peft_use_rslora: 'lora.use_rslora',
+  use_dora: 'lora.use_dora',
+  peft_use_dora: 'lora.use_dora',
+};
+
+/** Other names of sections. */
+export const sectionAliases: Readonly<Record<string, string>> = {
+  lora_parameters: 'lora',
+  lora_config: 'lora',
+  peft_config: 'lora',
+};
+
+/** Names that are common elsewhere and too far from ours for the spelling to find them; what they take differs. */
+export const suggestions: Readonly<Record<string, string>> = {
+  rank: 'lora.r',
+  alpha: 'lora.lora_alpha',
+  dropout: 'lora.lora_dropout',
+  target_modules: 'lora.target_modules',
   dataset: 'dataset_name',
   datasets: 'dataset_name',
   data: 'train_file',
-  val_size: 'validation_split',
-  val_set_size: 'validation_split',
-  grad_checkpoint: 'gradient_checkpointing',
-  grad_accumulation_steps: 'gradient_accumulation_steps',
+  dataset_text_field: 'prompt_template',
+  test_size: 'validation_split',
+  resume: 'resume_from_checkpoint',
 };
+
+/** Keys of other tools whose matter is said otherwise here. Refused where they ask for something. */
+export const elsewhere: Readonly<Record<string, string>> = {
+  overwrite_output_dir: 'give --overwrite on the command line',
+  train_on_inputs: 'set completion_only_loss: false to train the prompts too',
+  train_on_prompt: 'set completion_only_loss: false to train the prompts too',
+  lora_target_linear: 'set lora.target_modules: all-linear',
+  quantization_bit: 'set load_in_4bit: true',
+  evals_per_epoch: 'set eval_strategy: steps and eval_steps, which below 1 is a share of all steps',
+  saves_per_epoch: 'set save_steps, which below 1 is a share of all steps',
+  max_steps_per_epoch: 'set max_steps, which ends the run',
+  num_layers: 'set lora.layers_to_transform to a list of layers',
+  'lora.scale': 'set lora.lora_alpha to the scale times lora.r',
+  resume_adapter_file: 'set resume_from_checkpoint, or give --resume, with the folder of a checkpoint',
+  auto_resume_from_checkpoints: 'set resume_from_checkpoint: true',
+};
+
+/** The same reason for several keys. */
+function reasons(reason: string, keys: readonly string[]): Record<string, string> {
+  return Object.fromEntries(keys.map((key) => [key, reason]));
+}
 
 /** Keys that mean something elsewhere and change nothing here, with the reason. */
 export const noops: Readonly<Record<string, string>> = {
@@ -52,6 +106,27 @@ export const noops: Readonly<Record<string, string>> = {
   bnb_4bit_quant_storage: 'it is said of files alone',
   gradient_checkpointing_kwargs: 'checkpointing here has no variants',
   task_type: 'models are trained as causal language models',
+  ...reasons('the checkpoint says it', ['model_type', 'tokenizer_type', 'tokenizer_name', 'use_fast_tokenizer']),
+  ...reasons('flash attention is always on', ['flash_attention', 'flash_attn', 'sdp_attention', 'xformers_attention']),
+  ...reasons('sums are in float32', ['tf32', 'bf16_full_eval', 'fp16_full_eval', 'upcast_layernorm']),
+  ...reasons('rows are read and padded in this process', [
+    'dataloader_num_workers',
+    'dataloader_pin_memory',
+    'preprocessing_num_workers',
+    'dataset_num_proc',
+    'dataset_processes',
+    'dataset_prepared_path',
+    'overwrite_cache',
+    'remove_unused_columns',
+    'pad_to_sequence_len',
+  ]),
+  ...reasons('there is one device', ['ddp_timeout', 'ddp_find_unused_parameters', 'local_rank', 'world_size']),
+  ...reasons('kernels are always compiled', ['compile', 'torch_compile', 'use_unsloth', 'use_cache']),
+  do_eval: 'eval_strategy says when there are evaluations',
+  save_safetensors: 'adapters are always safetensors files',
+  logging_dir: 'event files are written into output_dir',
+  plot_loss: 'report.html is always written',
+  strict: 'unknown keys are always errors',
   ...Object.fromEntries(
     ['prompt_tuning', 'prefix_tuning'].flatMap((section) =>
       ['token_dim', 'num_layers', 'num_attention_heads', 'num_transformer_submodules'].map((key) => [
@@ -97,8 +172,49 @@ export const later: Readonly<Record<string, LaterKey>> = {
   load_in_8bit: { what: 'an 8-bit base model', instead: '`load_in_4bit: true` takes half the room.' },
   bf16: {
     what: 'bfloat16',
+    asks: (value) => active(value) && value !== 'auto',
     instead: 'WebGPU has no bfloat16; `dtype: float16` with loss scaling takes the same room.',
   },
+  ...Object.fromEntries(
+    ['optim', 'optimizer'].map((name) => [
+      name,
+      {
+        what: 'another optimizer than AdamW',
+        asks: (value: unknown): boolean =>
+          active(value) && !(typeof value === 'string' && /^adamw(_torch(_fused)?|_hf)?$/.test(value)),
+      },
+    ]),
+  ),
+  ...Object.fromEntries(
+    ['adapter', 'finetuning_type', 'fine_tune_type'].map((name) => [
+      name,
+      {
+        what: 'another way of training than LoRA',
+        asks: (value: unknown): boolean => active(value) && value !== 'lora',
+        instead:
+          'A section ia3, ln_tuning, bottleneck, prompt_tuning or prefix_tuning is another method, and load_in_4bit: true is QLoRA.',
+      },
+    ]),
+  ),
+  use_peft: { what: 'training without an adapter', asks: (value) => value === false },
+  stage: { what: 'another stage than sft', asks: (value) => active(value) && value !== 'sft' },
+  ...Object.fromEntries(
+    ['train', 'do_train'].map((name) => [
+      name,
+      {
+        what: 'a run that does not train',
+        asks: (value: unknown): boolean => value === false,
+        instead: '`lorikeet eval` measures a model.',
+      },
+    ]),
+  ),
+  ...Object.fromEntries(
+    ['deepspeed', 'fsdp', 'fsdp_config'].map((name) => [name, { what: 'training on several devices' }]),
+  ),
+  max_samples: { what: 'a part of the rows', instead: 'Cut the data file, or set max_steps.' },
+  max_train_samples: { what: 'a part of the rows', instead: 'Cut the data file, or set max_steps.' },
+  push_to_hub: { what: 'uploading' },
+  hub_model_id: { what: 'uploading' },
   loraplus_lr_embedding: { what: 'LoRA on embeddings' },
   save_only_model: { what: 'a checkpoint without the state of the optimizer' },
   'lora.lora_bias': { what: 'a bias on lora_B' },

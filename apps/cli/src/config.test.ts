@@ -148,11 +148,19 @@ describe('resolveConfig', () => {
 
   it.each([
     ['learning_rat: 1', /run\.yaml:1: unknown key "learning_rat"; did you mean learning_rate\?/],
-    ['a: 1\nmax_seq_len: 1', /run\.yaml:2: unknown key "max_seq_len"; did you mean max_seq_length\?/],
+    ['a: 1\nmax_sq_len: 1', /run\.yaml:2: unknown key "max_sq_len"; did you mean max_seq_len\?/],
     ['rank: 8', /did you mean lora\.r\?/],
-    ['lora_alpha: 8', /did you mean lora\.lora_alpha\?/],
-    ['use_rslora: true', /did you mean lora\.use_rslora\?/],
-    ['lora:\n  alpha: 8', /run\.yaml:2: unknown key "lora\.alpha"; did you mean lora\.lora_alpha\?/],
+    ['bias: none', /did you mean lora\.bias\?/],
+    ['lora:\n  alhpa: 8', /run\.yaml:2: unknown key "lora\.alhpa"; did you mean lora\.alpha\?/],
+    ['lora_parameters: {scale: 20}', /lora_parameters\.scale: 20 is said otherwise here: set lora\.lora_alpha to/],
+    ['train_on_inputs: true', /train_on_inputs: true is said otherwise here: set completion_only_loss: false/],
+    ['overwrite_output_dir: true', /give --overwrite on the command line/],
+    ['optim: adamw_8bit', /optim: "adamw_8bit" asks for another optimizer than AdamW, which is not supported yet/],
+    ['finetuning_type: full', /asks for another way of training than LoRA/],
+    ['stage: dpo', /asks for another stage than sft/],
+    ['trust-remote-code: true', /trust_remote_code: true is refused/],
+    ['lora_r: 8\nlora: {r: 4}', /lora\.r and lora_r are the same key; keep one/],
+    ['ia3: {}\nlora_r: 8', /lora and ia3 are both given|ia3 and lora are both given/],
     ['lora: {lora_droput: 0.1}', /did you mean lora\.lora_dropout\?/],
     ['special_tokens: {eos: x}', /did you mean special_tokens\.eos_token\?/],
     ['hub_token: x', /unknown key "hub_token"; a run file holds no credentials: set HF_TOKEN/],
@@ -160,6 +168,134 @@ describe('resolveConfig', () => {
     ['"__proto__": 1', /unknown key "__proto__"/],
     ['constructor: 1', /unknown key "constructor"/],
   ])('%s', (text, pattern) => expect(mistake(text)).toMatch(pattern));
+
+  // As their users write them, but for the data, which every tool says in its own way.
+  it.each([
+    [
+      'axolotl',
+      `base_model: org/m
+model_type: MistralForCausalLM
+load_in_4bit: true
+strict: false
+val_set_size: 0.05
+adapter: lora
+sequence_len: 2048
+pad_to_sequence_len: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_modules: [q_proj, v_proj]
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 1
+optimizer: adamw_torch
+lr_scheduler: cosine
+learning_rate: 2e-4
+train_on_inputs: false
+bf16: auto
+tf32: false
+flash_attention: true
+warmup_steps: 10
+deepspeed:
+fsdp:
+special_tokens:
+`,
+      {
+        max_length: 2048,
+        lora: { r: 32, lora_alpha: 16, target_modules: ['q_proj', 'v_proj'] },
+        validation_split: 0.05,
+      },
+    ],
+    [
+      'LLaMA-Factory',
+      `model_name_or_path: org/m
+trust_remote_code: false
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 16
+lora_target: q_proj,v_proj
+cutoff_len: 512
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+output_dir: saves/x
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: false
+report_to: none
+per_device_train_batch_size: 1
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+val_size: 0.1
+eval_strategy: steps
+eval_steps: 500
+`,
+      { lora: { r: 16, target_modules: ['q_proj', 'v_proj'] }, report_to: [], max_length: 512 },
+    ],
+    [
+      'mlx_lm.lora',
+      `model: org/m
+train: true
+fine_tune_type: lora
+optimizer: adamw
+mask_prompt: true
+batch_size: 4
+iters: 1000
+learning_rate: 1e-5
+steps_per_report: 10
+steps_per_eval: 200
+adapter_path: adapters
+save_every: 100
+max_seq_length: 2048
+grad_checkpoint: false
+seed: 0
+lora_parameters:
+  keys: [self_attn.q_proj, self_attn.v_proj]
+  rank: 8
+  alpha: 160
+  dropout: 0.0
+`,
+      { lora: { r: 8, lora_alpha: 160 }, max_steps: 1000, save_steps: 100, output_dir: 'adapters' },
+    ],
+    [
+      'TRL',
+      `model_name_or_path: org/m
+use_peft: true
+lora_r: 16
+lora_target: all
+use_rslora: true
+per-device-train-batch-size: 2
+dataset_num_proc: 4
+gradient_checkpointing_kwargs: {use_reentrant: false}
+eval_strategy: epoch
+save_strategy: epoch
+torch_dtype: float16
+optim: adamw_torch_fused
+max_length: null
+`,
+      { lora: { r: 16, use_rslora: true, target_modules: 'all-linear' }, per_device_train_batch_size: 2 },
+    ],
+    [
+      'torchtune',
+      `batch_size: 2
+epochs: 1
+gradient_accumulation_steps: 8
+enable_activation_checkpointing: true
+clip_grad_norm: 1.0
+log_every_n_steps: 1
+compile: false
+seed: null
+dtype: fp16
+`,
+      { max_grad_norm: 1, gradient_checkpointing: true, logging_steps: 1, dtype: 'float16' },
+    ],
+  ])('takes the spelling of %s', (_tool, text, wanted) => {
+    expect(resolve(text).config).toMatchObject(wanted);
+  });
 
   it('takes dotted names in the file too', () => expect(resolve('lora.r: 4').config.lora?.r).toBe(4));
 

@@ -7,7 +7,7 @@ import { readFile } from 'node:fs/promises';
 import { nearestNames } from '@lorikeet/tensor';
 import { type Document, isNode, LineCounter, parseDocument, stringify } from 'yaml';
 import { type AdapterSection, isAdapterSection } from './config-adapter.js';
-import { active, aliases, later, laterValues, noops, suggestions } from './config-names.js';
+import { active, aliases, elsewhere, later, laterValues, noops, sectionAliases, suggestions } from './config-names.js';
 import { type Config, configSchema, isSection, keyNames, keyType } from './config-schema.js';
 import { trainingCheck } from './config-training.js';
 import { isMap } from './config-types.js';
@@ -54,13 +54,11 @@ class Reader {
   layer(entries: readonly (readonly [name: string, given: Given])[]): void {
     const seen = new Map<string, Given>();
     for (const [spelled, given] of entries) {
-      const [section] = splitOnce(spelled);
-      if (isAdapterSection(section)) {
-        if (!this.adapters.has(section)) this.adapters.set(section, given.where);
-        if (section === spelled) continue;
-      }
-      const name = this.#accept(spelled, given);
-      if (name === undefined) continue;
+      const whole = isAdapterSection(spelled);
+      const name = whole ? spelled : this.#accept(spelled, given);
+      const [section] = splitOnce(name ?? ownName(spelled));
+      if (isAdapterSection(section) && !this.adapters.has(section)) this.adapters.set(section, given.where);
+      if (whole || name === undefined) continue;
       const before = seen.get(name);
       if (before !== undefined && before.spelled !== spelled) {
         this.mistakes.push(`${given.where}: ${spelled} and ${before.spelled} are the same key; keep one`);
@@ -73,7 +71,8 @@ class Reader {
   /** The name that counts, or undefined when the key is refused or changes nothing. */
   #accept(spelled: string, given: Given): string | undefined {
     const { value, where } = given;
-    if (spelled === 'trust_remote_code') {
+    const name = ownName(spelled);
+    if (name === 'trust_remote_code') {
       if (active(value)) {
         this.mistakes.push(
           `${where}: trust_remote_code: ${quoted(value)} is refused: this program runs no code from a checkpoint. Remove the key`,
@@ -81,12 +80,19 @@ class Reader {
       } else this.notes.push('trust_remote_code changes nothing here: code from a checkpoint is never run');
       return undefined;
     }
-    const noop = Object.hasOwn(noops, spelled) ? noops[spelled] : undefined;
+    const noop = Object.hasOwn(noops, name) ? noops[name] : undefined;
     if (noop !== undefined) {
       this.notes.push(`${spelled} changes nothing here: ${noop}`);
       return undefined;
     }
-    const missing = Object.hasOwn(later, spelled) ? later[spelled] : undefined;
+    const otherwise = Object.hasOwn(elsewhere, name) ? elsewhere[name] : undefined;
+    if (otherwise !== undefined) {
+      if (active(value)) {
+        this.mistakes.push(`${where}: ${spelled}: ${quoted(value)} is said otherwise here: ${otherwise}`);
+      }
+      return undefined;
+    }
+    const missing = Object.hasOwn(later, name) ? later[name] : undefined;
     if (missing !== undefined) {
       if ((missing.asks ?? active)(value)) {
         this.mistakes.push(
@@ -95,13 +101,10 @@ class Reader {
       }
       return undefined;
     }
-    const [section, key] = splitOnce(spelled);
-    const renamed = key === undefined && Object.hasOwn(aliases, section) ? aliases[section] : undefined;
-    if (renamed !== undefined) {
-      this.notes.push(`${spelled} is read as ${renamed}`);
-      return renamed;
+    if (keyType(name) !== undefined && !isSection(name)) {
+      if (name !== spelled) this.notes.push(`${spelled} is read as ${name}`);
+      return name;
     }
-    if (keyType(spelled) !== undefined && !(key === undefined && isSection(section))) return spelled;
     this.mistakes.push(`${where}: unknown key ${quoted(spelled)}${this.#guess(spelled)}`);
     return undefined;
   }
@@ -111,9 +114,9 @@ class Reader {
       return '; a run file holds no credentials: set HF_TOKEN in the environment';
     }
     const suggested = Object.hasOwn(suggestions, spelled) ? suggestions[spelled] : undefined;
-    const wanted = spelled.toLowerCase().replaceAll('-', '_');
+    const wanted = ownName(spelled.toLowerCase());
     // Inside a section its own keys are meant; outside, a key of a section may be meant too.
-    const section = splitOnce(spelled)[1] === undefined ? '' : `${splitOnce(spelled)[0]}.`;
+    const section = splitOnce(wanted)[1] === undefined ? '' : `${splitOnce(wanted)[0]}.`;
     const known = [...keyNames(), ...Object.keys(aliases)];
     const own = section === '' ? known : known.filter((name) => name.startsWith(section));
     const found =
@@ -131,6 +134,18 @@ function splitOnce(name: string): [string, string | undefined] {
   return dot === -1 ? [name, undefined] : [name.slice(0, dot), name.slice(dot + 1)];
 }
 
+/** The name here of a key that is spelled otherwise, by other tools or with hyphens. */
+function ownName(spelled: string): string {
+  const [first, key] = splitOnce(spelled.replaceAll('-', '_'));
+  const name = key === undefined ? first : `${ownSection(first)}.${key}`;
+  return Object.hasOwn(aliases, name) ? (aliases[name] ?? name) : name;
+}
+
+/** The same of a section. */
+function ownSection(spelled: string): string {
+  return Object.hasOwn(sectionAliases, spelled) ? (sectionAliases[spelled] ?? spelled) : spelled;
+}
+
 /** The keys of a parsed map by dotted name; sections are opened, other maps are values. An adapter's section has an entry of its own. */
 function flatten(
   value: Record<string, unknown>,
@@ -139,16 +154,17 @@ function flatten(
 ): [string, Given][] {
   const entries: [string, Given][] = [];
   for (const [name, item] of Object.entries(value)) {
-    if (!isSection(name)) {
+    const section = ownSection(name);
+    if (!isSection(section)) {
       entries.push([name, { value: item, where: locate([name]), spelled: name }]);
       continue;
     }
-    if (isAdapterSection(name)) entries.push([name, { value: item, where: locate([name]), spelled: name }]);
+    if (isAdapterSection(section)) entries.push([section, { value: item, where: locate([name]), spelled: name }]);
     if (item === null || item === undefined) continue;
     if (!isMap(item)) {
       const hint = name === 'lora' && item === false ? ' (training without an adapter is not supported yet)' : '';
       mistakes.push(
-        `${locate([name])}: ${name} must be ${keyType(name)?.description ?? 'a map'}, not ${quoted(item)}${hint}`,
+        `${locate([name])}: ${name} must be ${keyType(section)?.description ?? 'a map'}, not ${quoted(item)}${hint}`,
       );
       continue;
     }
@@ -211,7 +227,7 @@ function parseOverride(override: string): [string, Given] {
   const where = commandLine;
   const raw = override.slice(equals + 1);
   // A text such as `{instruction}` is taken as it is; quoting it as YAML is possible, not needed.
-  const asText = raw !== '' && !/^["']/.test(raw) && isTextKey(aliases[name] ?? name);
+  const asText = raw !== '' && !/^["']/.test(raw) && isTextKey(ownName(name));
   return [name, { value: asText ? raw : parseYaml(raw, `${where}, ${name}`).value, where, spelled: name }];
 }
 
@@ -254,7 +270,9 @@ export function resolveConfig(sources: ConfigSources): ResolvedConfig {
   }
   const overrides = (sources.overrides ?? []).map(parseOverride);
   const opened = overrides.flatMap(([name, given]): [string, Given][] =>
-    isSection(name) ? flatten({ [name]: given.value }, () => given.where, reader.mistakes) : [[name, given]],
+    isSection(ownSection(name))
+      ? flatten({ [name]: given.value }, () => given.where, reader.mistakes)
+      : [[name, given]],
   );
   // `lora=` is to the section of the file what `learning_rate=` is to its key.
   for (const [name, { value }] of overrides) if (value === null && isAdapterSection(name)) reader.drop(name);
@@ -317,8 +335,11 @@ function normalise(name: string, value: unknown): unknown {
   }
   // 0 is how other tools leave these out.
   if (value === 0 && (name === 'neftune_noise_alpha' || name === 'early_stopping_patience')) return null;
-  if (name.endsWith('.target_modules') && typeof value === 'string' && value.toLowerCase() === 'all-linear')
-    return 'all-linear';
+  if (name.endsWith('.target_modules') && typeof value === 'string') {
+    if (/^all(-linear)?$/i.test(value)) return 'all-linear';
+    // Names with commas between, as LLaMA-Factory has them, mean nothing as a regular expression.
+    if (/^\w+(\s*,\s*\w+)+$/.test(value)) return value.split(/\s*,\s*/);
+  }
   return value;
 }
 
