@@ -30,6 +30,17 @@ export {
   Tokenizer,
   type TokenizerFiles,
 } from './tokenizer.js';
+export {
+  builtinChatTemplate,
+  builtinChatTemplates,
+  type ChatMessage,
+  ChatTemplate,
+  chatTemplateHint,
+  type RenderChatOptions,
+  type RenderedChat,
+  type TemplateTokens,
+} from './chat-template.js';
+export { ChatTemplateError, jinjaLimits } from './jinja.js';
 export type { JsonObject } from './json-values.js';
 export * from './config.js';
 export { KvCache, LayerCache } from './cache.js';

@@ -1,4 +1,5 @@
 import { type AlignedText, alignedSlice, sliceAligned } from './aligned-text.js';
+import { ChatTemplate, chatTemplateSources } from './chat-template.js';
 import { compileDecoder, type DecoderStage } from './token-decoder.js';
 import {
   escapeRegExp,
@@ -25,6 +26,8 @@ export interface TokenizerFiles {
   readonly tokenizerJson: unknown;
   readonly tokenizerConfig?: unknown;
   readonly specialTokensMap?: unknown;
+  /** The text of chat_template.jinja; it counts before that of tokenizer_config.json. */
+  readonly chatTemplate?: string | undefined;
 }
 
 /** A token with ids of its own beside the model's, as tokenizer.json lists them. */
@@ -362,7 +365,10 @@ export class Tokenizer {
       throw new Error('tokenizer.json has no "model"; is it the tokenizer.json of a Hugging Face tokenizer?');
     }
     const configGiven = files.tokenizerConfig !== undefined && files.tokenizerConfig !== null;
-    const config = configGiven ? requireObject(files.tokenizerConfig, 'tokenizer_config.json') : {};
+    const config: JsonObject = {
+      ...(configGiven ? requireObject(files.tokenizerConfig, 'tokenizer_config.json') : {}),
+      ...(files.chatTemplate === undefined ? {} : { chat_template: files.chatTemplate }),
+    };
     const map =
       files.specialTokensMap !== undefined && files.specialTokensMap !== null
         ? requireObject(files.specialTokensMap, 'special_tokens_map.json')
@@ -654,6 +660,30 @@ export class Tokenizer {
       frame,
     });
     return { tokenizer, added };
+  }
+
+  /** The names of its chat templates; `default` is the one that is meant where none is named. */
+  get chatTemplateNames(): string[] {
+    return [...chatTemplateSources(this.#parts.config.chat_template).keys()];
+  }
+
+  /**
+   * Its chat template, with its special tokens; undefined where it has none of this name.
+   * @throws ChatTemplateError when the template does not parse
+   */
+  chatTemplate(name = 'default'): ChatTemplate | undefined {
+    const source = chatTemplateSources(this.#parts.config.chat_template).get(name);
+    if (source === undefined) return undefined;
+    const tokens = {
+      ...Object.fromEntries(this.#parts.named),
+      additional_special_tokens: this.additionalSpecialTokens,
+    };
+    return new ChatTemplate(source, tokens, name);
+  }
+
+  /** The same tokenizer with this chat template (Jinja) in the place of its own ones. */
+  withChatTemplate(source: string): Tokenizer {
+    return new Tokenizer({ ...this.#parts, config: { ...this.#parts.config, chat_template: source } });
   }
 
   /**
