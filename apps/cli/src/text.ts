@@ -1,4 +1,5 @@
 /** Small helpers for text that is shown to people. */
+import { escapeControls } from '@lorikeet/tensor';
 
 /**
  * Text that is safe on a terminal and stays on one line: control characters and bidirectional overrides are written as
@@ -8,17 +9,7 @@
 export function printable(text: string, max = 200): string {
   const shortened =
     text.length > max ? `${text.slice(0, Math.ceil(max / 2) - 1)}…${text.slice(-Math.floor(max / 2))}` : text;
-  let out = '';
-  for (const character of shortened) {
-    const code = character.codePointAt(0) ?? 0;
-    if (character === '\n') out += '\\n';
-    else if (character === '\r') out += '\\r';
-    else if (character === '\t') out += '\\t';
-    else if (code < 0x20 || (code >= 0x7f && code < 0xa0)) out += `\\x${code.toString(16).padStart(2, '0')}`;
-    else if ((code >= 0x202a && code <= 0x202e) || (code >= 0x2066 && code <= 0x2069)) out += `\\u${code.toString(16)}`;
-    else out += character;
-  }
-  return out;
+  return escapeControls(shortened);
 }
 
 /** A value from a config or data file as it is quoted in a message: JSON, shortened. */

@@ -5,6 +5,7 @@
 import type { ByteSink, ByteSource } from './byte-source.js';
 import { f16Bits, f16Value, rowsOf, sizeOf } from './dtype.js';
 import { LorikeetError } from './errors.js';
+import { quoted } from './json.js';
 
 /** A GGUF file that cannot be written or read. */
 export class GgufError extends LorikeetError {
@@ -163,7 +164,7 @@ export async function writeGguf(
   header.u64(metadata.size);
   for (const [key, value] of metadata) {
     if (!/^[a-z0-9_]+(\.[a-z0-9_]+)*$/i.test(key))
-      throw new GgufError(`${sink.name}: metadata key "${key}" is not valid`);
+      throw new GgufError(`${sink.name}: metadata key ${quoted(key)} is not valid`);
     header.string(key);
     header.value(value);
   }
@@ -173,12 +174,12 @@ export async function writeGguf(
     const bytes = new TextEncoder().encode(name).length;
     if (names.has(name) || bytes === 0 || bytes >= 64 || shape.length === 0 || shape.length > 4) {
       throw new GgufError(
-        `${sink.name}: tensor "${name}" [${shape.join(', ')}]: names are unique and of 1 to 63 bytes, shapes have 1 to 4 axes`,
+        `${sink.name}: tensor ${quoted(name)} [${shape.join(', ')}]: names are unique and of 1 to 63 bytes, shapes have 1 to 4 axes`,
       );
     }
     if (!fitsGguf(type, shape[shape.length - 1])) {
       throw new GgufError(
-        `${sink.name}: tensor "${name}" has rows of ${shape[shape.length - 1]} values; ${type} stores multiples of ${types[type].block}; store it as F16`,
+        `${sink.name}: tensor ${quoted(name)} has rows of ${shape[shape.length - 1]} values; ${type} stores multiples of ${types[type].block}; store it as F16`,
       );
     }
     names.add(name);
@@ -200,7 +201,7 @@ async function writeTensor(sink: ByteSink, { name, shape, type, rows }: GgufTens
   for await (const values of rows()) {
     if (values.length % columns !== 0) {
       throw new GgufError(
-        `${sink.name}: tensor "${name}": a piece of ${values.length} values is not whole rows of ${columns}`,
+        `${sink.name}: tensor ${quoted(name)}: a piece of ${values.length} values is not whole rows of ${columns}`,
       );
     }
     const bytes = encodeGguf(values, type);
@@ -210,7 +211,7 @@ async function writeTensor(sink: ByteSink, { name, shape, type, rows }: GgufTens
   }
   if (written !== needed) {
     throw new GgufError(
-      `${sink.name}: tensor "${name}": [${shape.join(', ')}] in ${type} takes ${needed} bytes, was given ${written} or more`,
+      `${sink.name}: tensor ${quoted(name)}: [${shape.join(', ')}] in ${type} takes ${needed} bytes, was given ${written} or more`,
     );
   }
   const padding = padded(needed) - needed;
@@ -298,6 +299,9 @@ export interface GgufFile {
 /** Largest header that is read: a vocabulary of a million tokens takes some 30 MB. */
 const maxHeaderBytes = 256 << 20;
 
+/** A byte order mark is a character as any. */
+const utf8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
+
 class HeaderReader {
   readonly #view: DataView;
   readonly #bytes: Uint8Array;
@@ -343,7 +347,11 @@ class HeaderReader {
   string(): string {
     const length = this.u64();
     const at = this.#take(length);
-    return new TextDecoder().decode(this.#bytes.subarray(at, at + length));
+    try {
+      return utf8.decode(this.#bytes.subarray(at, at + length));
+    } catch {
+      throw new GgufError(`${this.#name}: the text at byte ${at} is not UTF-8`);
+    }
   }
 
   /** `length` items of at least `least` bytes each: a length that cannot be is refused before anything is made of it. */
@@ -396,39 +404,46 @@ export async function openGguf(source: ByteSource): Promise<GgufFile> {
   const metadata = new Map<string, GgufValue>();
   for (let i = 0; i < valueCount; i++) {
     const key = reader.string();
-    if (metadata.has(key)) throw new GgufError(`${source.name}: metadata "${key}" stands there twice`);
+    if (metadata.has(key)) throw new GgufError(`${source.name}: metadata ${quoted(key)} stands there twice`);
     metadata.set(key, reader.value());
   }
   const found: { name: string; shape: number[]; type: GgufType; offset: number }[] = [];
   for (let i = 0; i < tensorCount; i++) {
     const name = reader.string();
     const axes = reader.u32();
-    if (axes < 1 || axes > 4) throw new GgufError(`${source.name}: tensor "${name}" has ${axes} axes`);
+    if (axes < 1 || axes > 4) throw new GgufError(`${source.name}: tensor ${quoted(name)} has ${axes} axes`);
     const shape = Array.from({ length: axes }, () => reader.u64()).reverse();
     const id = reader.u32();
     const type = (Object.keys(types) as GgufType[]).find((key) => types[key].id === id);
     if (type === undefined)
-      throw new GgufError(`${source.name}: tensor "${name}" is stored in type ${id}, which is not read`);
+      throw new GgufError(`${source.name}: tensor ${quoted(name)} is stored in type ${id}, which is not read`);
     found.push({ name, shape, type, offset: reader.u64() });
   }
+  const aligned = metadata.get('general.alignment')?.value ?? alignment;
+  if (aligned !== alignment)
+    throw new GgufError(`${source.name}: an alignment to other than ${alignment} bytes is not read`);
   const start = padded(reader.at);
   const tensors = new Map<string, GgufInfo>();
+  let end = 0;
   for (const { name, shape, type, offset } of found) {
     const byteLength = ggufBytes(shape, type);
     const whole = rowsOf(shape) > 0 && fitsGguf(type, shape[shape.length - 1]) && Number.isSafeInteger(byteLength);
-    if (tensors.has(name) || !whole || start + offset + padded(byteLength) > source.size) {
+    // One behind the other, as the format has it: no overlap, no hole.
+    if (tensors.has(name) || !whole || offset !== end || start + offset + padded(byteLength) > source.size) {
       throw new GgufError(
-        `${source.name}: tensor "${name}" [${shape.join(', ')}] in ${type} at ${offset} does not fit the file of ${source.size} bytes, or stands there twice`,
+        `${source.name}: tensor ${quoted(name)} [${shape.join(', ')}] in ${type} at ${offset} does not fit the file of ${source.size} bytes, ` +
+          `does not begin where the one before it ends (${end}), or stands there twice`,
       );
     }
     tensors.set(name, { shape, type, offset: start + offset, byteLength });
+    end += padded(byteLength);
   }
   return {
     metadata,
     tensors,
     async read(name) {
       const info = tensors.get(name);
-      if (info === undefined) throw new GgufError(`${source.name}: there is no tensor "${name}"`);
+      if (info === undefined) throw new GgufError(`${source.name}: there is no tensor ${quoted(name)}`);
       return decodeGguf(await source.read(info.offset, info.byteLength), info.type);
     },
   };

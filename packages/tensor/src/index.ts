@@ -62,6 +62,7 @@ export * from './byte-source.js';
 export * from './float-bytes.js';
 export {
   describeJson,
+  escapeControls,
   FormatError,
   formatJson,
   integersOf,

@@ -25,26 +25,50 @@ export function isJsonArray(value: JsonValue | undefined): value is readonly Jso
   return Array.isArray(value);
 }
 
+const shortEscapes: Readonly<Record<string, string>> = { '\n': '\\n', '\r': '\\r', '\t': '\\t' };
+
+/**
+ * Text that stays on one line of a terminal and shows all that it holds: control characters, and those that turn the
+ * direction of writing, as escapes. For what a message repeats from a file.
+ */
+export function escapeControls(text: string): string {
+  return text.replace(/[\p{Cc}\u202a-\u202e\u2066-\u2069]/gu, (c) => {
+    const code = c.charCodeAt(0).toString(16);
+    return shortEscapes[c] ?? (code.length > 2 ? `\\u${code}` : `\\x${code.padStart(2, '0')}`);
+  });
+}
+
 /** A name out of a file, quoted for an error message: control characters escaped, long names cut. */
 export function quoted(name: string): string {
-  return JSON.stringify(name.length > 200 ? `${name.slice(0, 200)}…` : name);
+  return escapeControls(JSON.stringify(name.length > 200 ? `${name.slice(0, 200)}…` : name));
 }
 
 /** `JSON.parse` with an honest result type. */
 const parseRaw: (text: string) => JsonValue = JSON.parse;
 
+/** Deepest nesting that is read: far above any real file, far below what a recursion over the values can hold. */
+const maxDepth = 200;
+
 /**
- * Parses JSON and refuses what `JSON.parse` hides: an object that has one key twice.
+ * Parses JSON and refuses what `JSON.parse` hides: an object that has one key twice. Lists and objects may lie 200 deep in
+ * one another.
  *
  * @param where what the text is, for messages: a file name
  * @throws FormatError that names the position or the duplicate key
  */
 export function parseJson(text: string, where: string): JsonValue {
+  if (isDeep(text)) {
+    throw new FormatError(
+      `${where}: its lists and objects lie deeper in one another than ${maxDepth}; that is not read`,
+    );
+  }
   let value: JsonValue;
   try {
     value = parseRaw(text);
   } catch (error) {
-    throw new FormatError(`${where}: not valid JSON: ${error instanceof Error ? error.message : String(error)}`);
+    // The message repeats a part of the text.
+    const message = escapeControls(error instanceof Error ? error.message : String(error));
+    throw new FormatError(`${where}: not valid JSON: ${message}`);
   }
   const duplicate = duplicateKey(text);
   if (duplicate !== undefined) {
@@ -58,6 +82,22 @@ export function parseJsonObject(text: string, where: string): JsonObject {
   const value = parseJson(text, where);
   if (!isJsonObject(value)) throw new FormatError(`${where}: must hold a JSON object, holds ${describeJson(value)}`);
   return value;
+}
+
+/** Whether brackets outside of strings are open deeper than is read; of a text that may be no JSON. */
+function isDeep(text: string): boolean {
+  let depth = 0;
+  for (let i = 0; i < text.length; i++) {
+    const c = text.charCodeAt(i);
+    if (c === openBrace || c === openBracket) {
+      depth++;
+      if (depth > maxDepth) return true;
+    } else if (c === closeBrace || c === closeBracket) depth--;
+    else if (c === quote) {
+      for (i++; i < text.length && text.charCodeAt(i) !== quote; i++) if (text.charCodeAt(i) === backslash) i++;
+    }
+  }
+  return false;
 }
 
 /** The first duplicate key of a text that is known to be valid JSON, quoted, with the keys that lead to it. */
@@ -111,7 +151,7 @@ export function describeJson(value: JsonValue | undefined): string {
   if (isJsonArray(value) && value.length > 8) return `a list of ${value.length}`;
   if (isJsonObject(value)) return 'an object';
   const text = JSON.stringify(value);
-  return text.length > 120 ? `${text.slice(0, 120)}…` : text;
+  return escapeControls(text.length > 120 ? `${text.slice(0, 120)}…` : text);
 }
 
 /**

@@ -7,5 +7,6 @@ export * from './check-op.js';
 export * from './chromium.js';
 export * from './device.js';
 export * from './float64.js';
+export * from './fuzz.js';
 export * from './golden.js';
 export { checkpoint, gradcheck, valueAndGrad } from '@lorikeet/autograd';
