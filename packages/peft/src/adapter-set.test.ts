@@ -4,7 +4,8 @@ import { array64, type Array64, linear64, map64, relativeError, testDevice } fro
 import { describe, expect, it } from 'vitest';
 import { gradientsOf, MethodNet } from '../test/method-net.js';
 import { assign, memoryFolder, TinyModel, values, vocab, width } from '../test/tiny-model.js';
-import { type Adapter, createAdapter, injectAdapter } from './adapter.js';
+import type { Adapter } from './adapter.js';
+import { createAdapter, injectAdapter } from './create-adapter.js';
 import { AdapterSet } from './adapter-set.js';
 import { type AdapterConfig, AdapterError, loraConfig } from './format.js';
 import { bottleneckConfig } from './methods/bottleneck.js';

@@ -1,7 +1,10 @@
 /** Several adapters over one model: which of them computes now, all of them on all rows, or one for each row of a batch. */
 import type { Module } from '@lorikeet/nn';
 import { type ByteFolder, type Device, quoted } from '@lorikeet/tensor';
-import { type AdaptedModule, Adapter, type CreateOptions, createAdapter, loadAdapter, markAdapted } from './adapter.js';
+import { Adapter } from './adapter.js';
+import { type CreateOptions, createAdapter, markAdapted } from './create-adapter.js';
+import { loadAdapter } from './load-adapter.js';
+import type { AdaptedModule } from './peft-method.js';
 import { type AdapterConfig, AdapterError } from './format.js';
 import { LoraLinear } from './lora-layer.js';
 import { LoraSum, RowChoice, type SumTerm } from './lora-sum-layer.js';

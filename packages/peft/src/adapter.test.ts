@@ -3,16 +3,10 @@ import { encodeFloats, linear, memorySink, mul, type Tensor, writeSafetensors } 
 import { relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { assign, memoryFolder, TinyModel, values, vocab, width } from '../test/tiny-model.js';
-import {
-  type AdaptedModule,
-  type Adapter,
-  adapterTensor,
-  definePeft,
-  injectAdapter,
-  loadAdapter,
-  peftConfig,
-  PeftLayer,
-} from './adapter.js';
+import type { Adapter } from './adapter.js';
+import { injectAdapter, peftConfig } from './create-adapter.js';
+import { loadAdapter } from './load-adapter.js';
+import { type AdaptedModule, adapterTensor, definePeft, PeftLayer } from './peft-method.js';
 import { type LoraConfig, AdapterError, loraConfig, parseAdapterConfig, serializeAdapterConfig } from './format.js';
 import './methods/lora.js';
 

@@ -1,7 +1,30 @@
 export * from './format.js';
 export { compileNamePattern } from './name-pattern.js';
 export * from './targets.js';
-export * from './adapter.js';
+export { Adapter } from './adapter.js';
+export {
+  type AdapterInjector,
+  createAdapter,
+  type CreateOptions,
+  injectAdapter,
+  type InjectOptions,
+  peftConfig,
+} from './create-adapter.js';
+export { loadAdapter } from './load-adapter.js';
+export {
+  type AdaptedModule,
+  adapterTensor,
+  adapterWeightsFile,
+  type Calibration,
+  type CalibrationContext,
+  definePeft,
+  type ExportedParameter,
+  type MethodContext,
+  parsePeftConfig,
+  PeftLayer,
+  type PeftMethod,
+  type WrapContext,
+} from './peft-method.js';
 export { PeftLinear } from './peft-linear.js';
 export { type ActivateOptions, AdapterSet } from './adapter-set.js';
 export { Factor, type LoraLayerOptions, LoraLinear } from './lora-layer.js';

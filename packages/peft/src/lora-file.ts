@@ -1,14 +1,13 @@
 /** A LoRA adapter as data, without a model or a device: read from PEFT's files and written into them. */
+import type { ByteFolder, SinkFolder, TensorEntry, TensorFile } from '@lorikeet/tensor';
 import {
-  type ByteFolder,
-  type ByteSink,
-  encodeFloats,
-  openSafetensors,
-  type SinkFolder,
-  type TensorEntry,
-  type TensorFile,
-  writeSafetensors,
-} from '@lorikeet/tensor';
+  configFile,
+  floatEntry,
+  openWeights,
+  readConfigText,
+  weightsFile,
+  writeAdapterFolder,
+} from './adapter-folder.js';
 import {
   adapterKey,
   AdapterError,
@@ -17,7 +16,6 @@ import {
   parseAdapterKey,
   serializeAdapterConfig,
 } from './format.js';
-import { missingWeights } from './missing-weights.js';
 import { ranksOf, someOf } from './targets.js';
 
 /** What an adapter adds to one linear layer: `scaling * B A`, and with DoRA the length of each row of the sum. */
@@ -45,17 +43,6 @@ export interface LoraFile {
   readonly updates: readonly LoraUpdate[];
 }
 
-/** The text of a file in a folder; undefined where there is none. */
-export async function readText(folder: ByteFolder, name: string): Promise<string | undefined> {
-  const source = await folder.open(name);
-  if (source === undefined) return undefined;
-  try {
-    return new TextDecoder().decode(await source.read(0, source.size));
-  } finally {
-    await source.close?.();
-  }
-}
-
 const byLayer = new Intl.Collator('en', { numeric: true });
 
 /**
@@ -64,16 +51,10 @@ const byLayer = new Intl.Collator('en', { numeric: true });
  *   update of a linear layer (rows of tokens, whole modules, embeddings); all of them at once
  */
 export async function readLoraFile(folder: ByteFolder): Promise<LoraFile> {
-  const text = await readText(folder, 'adapter_config.json');
-  const source = await folder.open('adapter_model.safetensors');
-  if (text === undefined) {
-    await source?.close?.();
-    throw new AdapterError(`${folder.name}: there is no adapter_config.json; is this a PEFT adapter?`);
-  }
-  if (source === undefined) throw await missingWeights(folder, 'adapter_model.safetensors');
-  const file = await openSafetensors(source);
+  const text = await readConfigText(folder);
+  const file = await openWeights(folder);
   try {
-    const config = parseAdapterConfig(text, `${folder.name}/adapter_config.json`);
+    const config = parseAdapterConfig(text, `${folder.name}/${configFile}`);
     return { config, updates: await readUpdates(config, file) };
   } finally {
     await file.close();
@@ -172,11 +153,6 @@ export async function readUpdate(file: TensorFile, located: LocatedUpdate): Prom
   };
 }
 
-/** A tensor for a file, F32. */
-export function floatEntry(name: string, shape: readonly number[], values: Float32Array): TensorEntry {
-  return { name, dtype: 'F32', shape, data: encodeFloats(values, 'F32').bytes };
-}
-
 /**
  * Writes adapter_config.json and adapter_model.safetensors, which PEFT loads. Ranks, scalings and targets are those that
  * the configuration says. Both files appear only when both are written.
@@ -188,28 +164,5 @@ export async function writeLoraFile(folder: SinkFolder, { config, updates }: Lor
     entries.push(floatEntry(adapterKey(path, 'loraB'), [outputs, r], B));
     if (magnitude !== undefined) entries.push(floatEntry(adapterKey(path, 'magnitude'), [outputs], magnitude));
   }
-  await writeAdapterFolder(folder, ['adapter_model.safetensors', entries], serializeAdapterConfig(config), 'pt');
-}
-
-/** Writes the two files of an adapter; the configuration appears last, since a folder is an adapter by having one. */
-export async function writeAdapterFolder(
-  folder: SinkFolder,
-  [name, entries]: readonly [name: string, entries: readonly TensorEntry[]],
-  config: string,
-  format: 'pt' | 'mlx',
-): Promise<void> {
-  const sinks: ByteSink[] = [];
-  const create = async (file: string): Promise<ByteSink> => {
-    const sink = await folder.create(file);
-    sinks.push(sink);
-    return sink;
-  };
-  try {
-    await writeSafetensors(await create(name), entries, { format });
-    await (await create('adapter_config.json')).write(new TextEncoder().encode(config));
-    for (const sink of sinks) await sink.close();
-  } catch (error) {
-    for (const sink of sinks) await sink.abort();
-    throw error;
-  }
+  await writeAdapterFolder(folder, { [weightsFile]: entries }, serializeAdapterConfig(config));
 }

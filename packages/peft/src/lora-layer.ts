@@ -11,7 +11,7 @@ import {
   scope,
   type Tensor,
 } from '@lorikeet/tensor';
-import { type ExportedParameter, PeftLayer } from './adapter.js';
+import { type ExportedParameter, PeftLayer } from './peft-method.js';
 import { type HostFactors, hostMatrix, product, qr, transposed } from './linear-algebra.js';
 import { onDevice } from './lora-init.js';
 import { MergedWeight, storedLike, wideCopy } from './merged-weight.js';

@@ -1,7 +1,8 @@
 /** Merging an adapter into weights that come one after another, so that no model is ever there as a whole. */
 import { Embedding, Linear, type Module, RMSNorm } from '@lorikeet/nn';
 import type { ByteFolder, Tensor } from '@lorikeet/tensor';
-import { type InjectOptions, loadAdapter, loadModule } from './adapter.js';
+import type { InjectOptions } from './create-adapter.js';
+import { loadAdapter, loadModule } from './load-adapter.js';
 import { AdapterError } from './format.js';
 
 /** An adapter that is merged weight by weight. Open one with `openWeightMerge`. */

@@ -15,8 +15,10 @@ import {
   type TensorEntry,
   type TensorFile,
 } from '@lorikeet/tensor';
+import { configFile, floatEntry, readText, writeAdapterFolder } from './adapter-folder.js';
 import { AdapterError, type LoraConfig, loraConfig } from './format.js';
-import { floatEntry, type LoraFile, type LoraUpdate, readText, writeAdapterFolder } from './lora-file.js';
+import { hostMatrix, transposed } from './linear-algebra.js';
+import type { LoraFile, LoraUpdate } from './lora-file.js';
 import { someOf } from './targets.js';
 
 const weightsFile = 'adapters.safetensors';
@@ -29,13 +31,8 @@ function placeOf(path: string): { readonly layer: number | undefined; readonly k
 }
 
 /** Values [rows, columns] as [columns, rows]. */
-function transposed(values: Float32Array, rows: number, columns: number): Float32Array {
-  const out = new Float32Array(values.length);
-  for (let row = 0; row < rows; row++) {
-    for (let column = 0; column < columns; column++) out[column * rows + row] = values[row * columns + column];
-  }
-  return out;
-}
+const flipped = (values: Float32Array, rows: number, columns: number): Float32Array =>
+  Float32Array.from(transposed(hostMatrix(rows, columns, values)).data);
 
 /** The first `columns` of each row, or zeros beyond; times a factor. */
 function padded(values: Float32Array, from: number, to: number, factor = 1): Float32Array {
@@ -64,8 +61,8 @@ export async function writeMlxAdapter(folder: SinkFolder, file: LoraFile, layers
   const first = Math.min(layers, ...numbers);
   const entries: TensorEntry[] = [];
   for (const { path, inputs, outputs, r, scaling, A, B, magnitude } of updates) {
-    const a = padded(transposed(A, r, inputs), r, rank);
-    const b = transposed(padded(B, r, rank, scaling / scale), outputs, rank);
+    const a = padded(flipped(A, r, inputs), r, rank);
+    const b = flipped(padded(B, r, rank, scaling / scale), outputs, rank);
     entries.push(floatEntry(`${path}.lora_a`, [inputs, rank], a), floatEntry(`${path}.lora_b`, [rank, outputs], b));
     if (magnitude !== undefined) entries.push(floatEntry(`${path}.m`, [outputs], magnitude));
   }
@@ -101,7 +98,7 @@ export async function writeMlxAdapter(folder: SinkFolder, file: LoraFile, layers
     },
     ['scale', 'dropout'],
   );
-  await writeAdapterFolder(folder, [weightsFile, entries], text, 'mlx');
+  await writeAdapterFolder(folder, { [weightsFile]: entries }, text, 'mlx');
 }
 
 /** The settings of an mlx-lm adapter that say what it computes. */
@@ -147,17 +144,17 @@ function readSettings(text: string, where: string): MlxSettings {
  *   no other half, or another rank than the configuration says
  */
 export async function readMlxAdapter(folder: ByteFolder): Promise<LoraFile> {
-  const text = await readText(folder, 'adapter_config.json');
+  const text = await readText(folder, configFile);
   const source = await folder.open(weightsFile);
   if (text === undefined || source === undefined) {
     await source?.close?.();
     throw new AdapterError(
-      `${folder.name}: there is no ${text === undefined ? 'adapter_config.json' : weightsFile}; is this an adapter of mlx-lm?`,
+      `${folder.name}: there is no ${text === undefined ? configFile : weightsFile}; is this an adapter of mlx-lm?`,
     );
   }
   const file = await openSafetensors(source);
   try {
-    const settings = readSettings(text, `${folder.name}/adapter_config.json`);
+    const settings = readSettings(text, `${folder.name}/${configFile}`);
     const updates = await readUpdates(settings, file);
     return { config: peftConfig(settings, updates), updates };
   } finally {
@@ -192,8 +189,8 @@ async function readUpdates({ rank, scale, dora }: MlxSettings, file: TensorFile)
       scaling: scale,
       inputs: a[0],
       outputs: b[1],
-      A: transposed(await file.readFloats(parts[0]), a[0], rank),
-      B: transposed(await file.readFloats(parts[1]), rank, b[1]),
+      A: flipped(await file.readFloats(parts[0]), a[0], rank),
+      B: flipped(await file.readFloats(parts[1]), rank, b[1]),
       magnitude: dora ? await file.readFloats(parts[2]) : undefined,
     });
   }

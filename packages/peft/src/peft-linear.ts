@@ -1,7 +1,7 @@
 /** What most methods wrap a linear layer in: they say how it computes, and what its weight is with the update in it. */
 import type { Linear, Module } from '@lorikeet/nn';
 import type { Tensor } from '@lorikeet/tensor';
-import { PeftLayer } from './adapter.js';
+import { PeftLayer } from './peft-method.js';
 import { changeNorm, MergedWeight, storedLike } from './merged-weight.js';
 
 /** A linear layer with an update that can be merged into its weight. */

@@ -11,7 +11,7 @@ import {
   scope,
   type Tensor,
 } from '@lorikeet/tensor';
-import type { AdaptedModule } from './adapter.js';
+import type { AdaptedModule } from './peft-method.js';
 import { AdapterError } from './format.js';
 import { changeNorm, MergedWeight, storedLike, wideCopy } from './merged-weight.js';
 

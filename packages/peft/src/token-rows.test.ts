@@ -12,7 +12,9 @@ import {
 } from '@lorikeet/tensor';
 import { describe, expect, it } from 'vitest';
 import { assign, memoryFolder, TinyModel, values, vocab, width } from '../test/tiny-model.js';
-import { type Adapter, injectAdapter, loadAdapter } from './adapter.js';
+import type { Adapter } from './adapter.js';
+import { injectAdapter } from './create-adapter.js';
+import { loadAdapter } from './load-adapter.js';
 import { loraConfig, type LoraOptions } from './format.js';
 import './methods/lora.js';
 import { tokenIndices } from './token-rows.js';

@@ -5,7 +5,7 @@
  */
 import { Embedding, Linear, Module } from '@lorikeet/nn';
 import { embedding, joinRows, keep, linear, replaceColumns, replaceRows, scope, type Tensor } from '@lorikeet/tensor';
-import type { AdaptedModule } from './adapter.js';
+import type { AdaptedModule } from './peft-method.js';
 import { AdapterError } from './format.js';
 import { MergedWeight } from './merged-weight.js';
 

@@ -9,7 +9,7 @@
  */
 import { type Module, VirtualTokens, type VirtualTokenSizes } from '@lorikeet/nn';
 import type { JsonFields, JsonObject, Tensor } from '@lorikeet/tensor';
-import type { AdaptedModule } from './adapter.js';
+import type { AdaptedModule } from './peft-method.js';
 import {
   type AdapterConfig,
   AdapterError,

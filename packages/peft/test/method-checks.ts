@@ -2,7 +2,9 @@
 import { type Device, memorySource, openSafetensors } from '@lorikeet/tensor';
 import { relativeError } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
-import { type Adapter, injectAdapter, loadAdapter } from '../src/adapter.js';
+import type { Adapter } from '../src/adapter.js';
+import { injectAdapter } from '../src/create-adapter.js';
+import { loadAdapter } from '../src/load-adapter.js';
 import type { AdapterConfig } from '../src/format.js';
 import {
   type FixtureFile,

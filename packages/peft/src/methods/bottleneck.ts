@@ -21,7 +21,7 @@ import {
   silu,
   type Tensor,
 } from '@lorikeet/tensor';
-import { adapterTensor, type AdaptedModule, definePeft, type PeftMethod, type WrapContext } from '../adapter.js';
+import { adapterTensor, type AdaptedModule, definePeft, type PeftMethod, type WrapContext } from '../peft-method.js';
 import { type AdapterConfig, AdapterError } from '../format.js';
 
 /** Nonlinearities of a bottleneck. */

@@ -4,7 +4,7 @@
  */
 import { type Init, initialValues, Linear, type Module } from '@lorikeet/nn';
 import { joinRows, type JsonObject, parseJsonObject, scaleColumns, type Tensor } from '@lorikeet/tensor';
-import { adapterTensor, definePeft, type PeftLayer, type PeftMethod, type WrapContext } from '../adapter.js';
+import { adapterTensor, definePeft, type PeftLayer, type PeftMethod, type WrapContext } from '../peft-method.js';
 import {
   type AdapterConfig,
   AdapterError,

@@ -1,7 +1,7 @@
 /** Norm tuning (Zhao et al., 2023; the norms' share of BitFit): the weights of the norms are trained, and nothing else. */
 import { type Module, RMSNorm } from '@lorikeet/nn';
 import { parseJsonObject } from '@lorikeet/tensor';
-import { type AdaptedModule, definePeft, type PeftMethod, type WrapContext } from '../adapter.js';
+import { type AdaptedModule, definePeft, type PeftMethod, type WrapContext } from '../peft-method.js';
 import {
   type AdapterConfig,
   AdapterError,

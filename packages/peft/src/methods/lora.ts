@@ -10,7 +10,7 @@ import {
   type PeftLayer,
   type PeftMethod,
   type WrapContext,
-} from '../adapter.js';
+} from '../peft-method.js';
 import { evaSettings, evaStart } from '../eva.js';
 import {
   type AdapterConfig,

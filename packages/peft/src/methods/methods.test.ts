@@ -4,7 +4,7 @@ import { describe, expect, it } from 'vitest';
 import { checkMethod, move } from '../../test/method-checks.js';
 import { MethodNet } from '../../test/method-net.js';
 import { memoryFolder } from '../../test/tiny-model.js';
-import { injectAdapter } from '../adapter.js';
+import { injectAdapter } from '../create-adapter.js';
 import { loraConfig } from '../format.js';
 import { matchModules } from '../targets.js';
 import { bottleneck, bottleneckConfig } from './bottleneck.js';

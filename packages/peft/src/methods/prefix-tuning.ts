@@ -21,7 +21,7 @@ import {
   type ExportedParameter,
   type PeftMethod,
   type WrapContext,
-} from '../adapter.js';
+} from '../peft-method.js';
 import { type AdapterConfig, AdapterError, configObject } from '../format.js';
 import {
   readVirtualTokens,

@@ -4,7 +4,7 @@
  */
 import { Embedding, hashString, initialValues, type Module, Random, VirtualTokens } from '@lorikeet/nn';
 import { describeJson, isJsonObject, type JsonObject, parseJsonObject, scope, type Tensor } from '@lorikeet/tensor';
-import { type AdaptedModule, adapterTensor, definePeft, type PeftMethod, type WrapContext } from '../adapter.js';
+import { type AdaptedModule, adapterTensor, definePeft, type PeftMethod, type WrapContext } from '../peft-method.js';
 import { type AdapterConfig, AdapterError, configObject } from '../format.js';
 import {
   readVirtualTokens,
