@@ -16,6 +16,7 @@ import {
   whole,
 } from './rules.js';
 import {
+  isSchedule,
   type ScheduleOptions,
   type SchedulerKwargs,
   schedulerKwargsProblems,
@@ -120,7 +121,7 @@ const rules: Readonly<Record<keyof TrainingArguments, Rule>> = {
   num_train_epochs: positive,
   max_steps: whole(-1, 'a whole number of steps, or -1 to go by num_train_epochs'),
   learning_rate: notNegative,
-  lr_scheduler_type: oneOf(schedulerTypes),
+  lr_scheduler_type: [isSchedule, `one of ${schedulerTypes.join(', ')}, or a name that defineSchedule knows`],
   lr_scheduler_kwargs: [
     (value) => typeof value === 'object' && value !== null && !Array.isArray(value),
     'a map with settings of the schedule',

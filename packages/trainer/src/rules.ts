@@ -1,6 +1,6 @@
 /** What settings may be: tests with the words for them, so that one message names everything that is wrong. */
 
-/** What a setting may be: the test, and the words for it. @internal */
+/** What a setting may be: the test, and the words for it in a message, such as `a share from 0 to 1`. */
 export type Rule = readonly [allows: (value: unknown) => boolean, allowed: string];
 
 /** @internal */

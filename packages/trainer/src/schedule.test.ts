@@ -2,8 +2,10 @@ import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { sharedDir } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
+import { validateTrainingArguments } from './arguments.js';
 import { Plateau } from './plateau.js';
 import {
+  defineSchedule,
   type ScheduleOptions,
   type SchedulerKwargs,
   scheduleTable,
@@ -59,6 +61,26 @@ describe('scheduleTable', () => {
     for (const type of schedulerTypes) {
       expect(scheduleTable({ type, learningRate: 1, totalSteps: 0, kwargs: needed[type] })).toHaveLength(0);
     }
+  });
+});
+
+describe('defineSchedule', () => {
+  const triangle = { type: 'triangle', learningRate: 2, totalSteps: 6, warmupSteps: 2 };
+
+  it('a schedule from outside has warm-up, settings that are checked, and rates that must be rates', () => {
+    expect(() => scheduleTable(triangle)).toThrow('lr_scheduler_type is "triangle"; known are constant,');
+    defineSchedule('triangle', {
+      kwargs: { low: [(value) => typeof value === 'number', 'a number'] },
+      factor: ({ step, steps, kwargs }) => (step < steps / 2 ? 1 : Number(kwargs['low'] ?? 0.5)),
+    });
+    expect([...scheduleTable(triangle)]).toEqual([0, 1, 2, 2, 1, 1]);
+    expect([...scheduleTable({ ...triangle, kwargs: { low: 0.25 } })]).toEqual([0, 1, 2, 2, 0.5, 0.5]);
+    expect(() => scheduleTable({ ...triangle, kwargs: { low: 'x' } })).toThrow('low is "x"; it must be a number');
+    expect(() => scheduleTable({ ...triangle, kwargs: { high: 1 } })).toThrow('"high" is none of triangle\'s');
+    expect(() => scheduleTable({ ...triangle, kwargs: { low: -1 } })).toThrow('gives the rate -2 at step 5 of 6');
+    expect(() => validateTrainingArguments({ lr_scheduler_type: 'triangle' })).not.toThrow();
+    expect(() => validateTrainingArguments({ lr_scheduler_type: 'square' })).toThrow('or a name that defineSchedule');
+    expect(() => defineSchedule('cosine', { kwargs: {}, factor: () => 1 })).toThrow('already');
   });
 });
 

@@ -1,8 +1,10 @@
 /** Learning rates by step, as transformers' schedulers of the same names compute them. */
 import { finite, notNegative, number, oneOf, positive, problems, type Rule, share, whole } from './rules.js';
 
-/** The schedules by their Hugging Face names. */
-export type SchedulerType =
+export type { Rule } from './rules.js';
+
+/** The schedules that are there, by their Hugging Face names. */
+export type BuiltinSchedule =
   | 'constant'
   | 'constant_with_warmup'
   | 'linear'
@@ -13,6 +15,9 @@ export type SchedulerType =
   | 'inverse_sqrt'
   | 'warmup_stable_decay'
   | 'reduce_lr_on_plateau';
+
+/** Name of a schedule: a built-in one, or one of {@link defineSchedule}. */
+export type SchedulerType = BuiltinSchedule | (string & Record<never, never>);
 
 /** Settings of a schedule beyond learning rate and warm-up, by transformers' names; null is the same as left out. */
 export type SchedulerKwargs = Readonly<Record<string, number | string | null>>;
@@ -39,21 +44,25 @@ export interface ScheduleOptions {
 }
 
 /** Where a schedule stands, and what it was told. */
-interface Course {
-  /** Steps since warm-up. */
+export interface ScheduleCourse {
+  /** Steps since warm-up, from 0. */
   readonly step: number;
   /** Steps of the run after warm-up, at least 1. */
   readonly steps: number;
+  /** Steps of warm-up. */
   readonly warmup: number;
+  /** The largest learning rate. */
   readonly learningRate: number;
+  /** `lr_scheduler_kwargs`. */
   readonly kwargs: SchedulerKwargs;
 }
 
 /** A kind of schedule. */
-interface Schedule {
+export interface Schedule {
+  /** Its settings in `lr_scheduler_kwargs`, each with what it may be. Any may be left out. */
   readonly kwargs: Readonly<Record<string, Rule>>;
   /** Rate after warm-up as a share of the largest. */
-  readonly factor: (course: Course) => number;
+  readonly factor: (course: ScheduleCourse) => number;
   /** Rate during warm-up, by the share of it that is done; default a straight line from 0. */
   readonly ramp?: (done: number, kwargs: SchedulerKwargs) => number;
   /** Has no warm-up. */
@@ -72,7 +81,7 @@ const above = (least: number, factor: number): number => Math.max(0, factor * (1
 
 const curves = ['linear', 'cosine', '1-sqrt'] as const;
 
-const schedules: Readonly<Record<SchedulerType, Schedule>> = {
+const builtins: Readonly<Record<BuiltinSchedule, Schedule>> = {
   constant: { kwargs: {}, factor: () => 1, flat: true },
   constant_with_warmup: { kwargs: {}, factor: () => 1 },
   linear: { kwargs: {}, factor: ({ step, steps }) => Math.max(0, (steps - step) / steps) },
@@ -155,8 +164,8 @@ function curveOf(value: unknown, standard: (typeof curves)[number]): (typeof cur
   return curves.find((curve) => curve === value) ?? standard;
 }
 
-/** All values of {@link SchedulerType}, for config checks. */
-export const schedulerTypes: readonly SchedulerType[] = [
+/** All values of {@link BuiltinSchedule}, for config checks. */
+export const schedulerTypes: readonly BuiltinSchedule[] = [
   'linear',
   'cosine',
   'cosine_with_restarts',
@@ -169,13 +178,38 @@ export const schedulerTypes: readonly SchedulerType[] = [
   'reduce_lr_on_plateau',
 ];
 
+const schedules = new Map<string, Schedule>(Object.entries(builtins));
+
+/**
+ * Makes a schedule known under a name, which `lr_scheduler_type` can then have. A run that goes on from a checkpoint compares
+ * the name and the settings, not the function.
+ *
+ * @throws RangeError when there is a schedule of that name
+ */
+export function defineSchedule(name: string, schedule: Schedule): void {
+  if (schedules.has(name))
+    throw new RangeError(`there is a schedule ${JSON.stringify(name)} already; choose another name`);
+  schedules.set(name, schedule);
+}
+
+/** Whether `lr_scheduler_type` can be this. @internal */
+export function isSchedule(name: unknown): boolean {
+  return typeof name === 'string' && schedules.has(name);
+}
+
+function scheduleOf(type: SchedulerType): Schedule {
+  const schedule = schedules.get(type);
+  if (schedule !== undefined) return schedule;
+  throw new RangeError(`lr_scheduler_type is ${JSON.stringify(type)}; known are ${[...schedules.keys()].join(', ')}`);
+}
+
 /** What is wrong with a schedule's `lr_scheduler_kwargs`, a sentence each; empty where nothing is. */
 export function schedulerKwargsProblems({
   type,
   learningRate,
   kwargs = {},
 }: Pick<ScheduleOptions, 'type' | 'learningRate' | 'kwargs'>): string[] {
-  const known = schedules[type].kwargs;
+  const known = scheduleOf(type).kwargs;
   const given = Object.fromEntries(Object.entries(kwargs).filter(([, value]) => value !== null));
   const names = Object.keys(known);
   const found = Object.keys(given)
@@ -207,9 +241,7 @@ export function schedulerKwargsProblems({
 
 function check(options: ScheduleOptions): void {
   const { type, learningRate, totalSteps, warmupSteps = 0, warmupRatio = 0 } = options;
-  if (!schedulerTypes.includes(type)) {
-    throw new RangeError(`lr_scheduler_type is ${JSON.stringify(type)}; known are ${schedulerTypes.join(', ')}`);
-  }
+  scheduleOf(type);
   if (!Number.isFinite(learningRate) || learningRate < 0) {
     throw new RangeError(`learning_rate is ${learningRate}; it must be a finite number, at least 0`);
   }
@@ -235,7 +267,7 @@ function check(options: ScheduleOptions): void {
 export function warmupStepCount(options: ScheduleOptions): number {
   check(options);
   const { type, totalSteps, warmupSteps = 0, warmupRatio = 0 } = options;
-  if (schedules[type].flat === true) return 0;
+  if (scheduleOf(type).flat === true) return 0;
   if (warmupSteps >= 1) return Math.floor(warmupSteps);
   return Math.ceil(totalSteps * (warmupSteps > 0 ? warmupSteps : warmupRatio));
 }
@@ -251,16 +283,18 @@ export function warmupStepCount(options: ScheduleOptions): number {
 export function scheduleTable(options: ScheduleOptions): Float64Array {
   const warmup = warmupStepCount(options);
   const { type, learningRate, totalSteps, kwargs = {} } = options;
-  const { factor, ramp = (done): number => done } = schedules[type];
+  const { factor, ramp = (done): number => done } = scheduleOf(type);
   const steps = Math.max(1, totalSteps - warmup);
   // A rate of 0 has no share to be brought down to.
   if (learningRate === 0) return new Float64Array(totalSteps);
-  return Float64Array.from(
-    { length: totalSteps },
-    (_, at) =>
-      learningRate *
-      (at < warmup ? ramp(at / warmup, kwargs) : factor({ step: at - warmup, steps, warmup, learningRate, kwargs })),
-  );
+  return Float64Array.from({ length: totalSteps }, (_, at) => {
+    const course = { step: at - warmup, steps, warmup, learningRate, kwargs };
+    const rate = learningRate * (at < warmup ? ramp(at / warmup, kwargs) : factor(course));
+    if (Number.isFinite(rate) && rate >= 0) return rate;
+    throw new RangeError(
+      `lr_scheduler_type ${type} gives the rate ${rate} at step ${at + 1} of ${totalSteps}; it must be finite, at least 0`,
+    );
+  });
 }
 
 /** What a user should be told about a schedule before the first step; empty where nothing is odd. */
@@ -268,7 +302,7 @@ export function scheduleWarnings(options: ScheduleOptions): string[] {
   const warmup = warmupStepCount(options);
   const { type, learningRate, totalSteps, warmupSteps = 0, warmupRatio = 0, kwargs = {} } = options;
   const warnings: string[] = [];
-  if (schedules[type].flat === true && (warmupSteps > 0 || warmupRatio > 0)) {
+  if (scheduleOf(type).flat === true && (warmupSteps > 0 || warmupRatio > 0)) {
     warnings.push(
       `lr_scheduler_type ${type} has no warm-up, so warmup_steps and warmup_ratio do nothing; constant_with_warmup has one`,
     );
