@@ -113,7 +113,13 @@ describe('resolveTemplate', () => {
     expect(resolveTemplate({ columns: ['prompt', 'completion'] })).toBe(promptCompletionTemplate);
     expect(resolveTemplate({ columns: ['input', 'instruction', 'output'] })).toBe(fingptTemplate);
     expect(resolveTemplate({ columns: ['instruction', 'output'] })).toBe(alpacaTemplate);
-    expect(resolveTemplate({ columns: ['text', 'label'] }).name).toBe('text');
+    expect(resolveTemplate({ columns: ['text', 'url'] }).name).toBe('text');
+  });
+  it('does not train whole texts where an answer stands beside them', () => {
+    const columns = ['text', 'Label'];
+    expect(() => resolveTemplate({ columns })).toThrow('such as "Text: {text}\\nAnswer: {Label}"');
+    expect(resolveTemplate({ columns, promptTemplate: 'text' }).name).toBe('text');
+    expect(resolveTemplate({ columns, promptTemplate: '{text}: {Label}' }).completionField).toBe('Label');
   });
   it('says what is known where nothing fits', () => {
     expect(() => resolveTemplate({ promptTemplate: 'fingtp' })).toThrow('known are fingpt, alpaca');

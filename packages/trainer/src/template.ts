@@ -245,9 +245,24 @@ export interface TemplateChoice {
   readonly columns?: readonly string[] | undefined;
 }
 
+/** Fields beside `text` that are what a model should answer: whole texts would be trained without them. */
+const answerFields = [
+  'label',
+  'labels',
+  'label_text',
+  'answer',
+  'output',
+  'completion',
+  'response',
+  'target',
+  'category',
+  'sentiment',
+];
+
 /**
  * The template that the config keys `prompt_template` and `response_template` mean. Where neither is given, the data's fields
- * decide: `prompt` and `completion`; `instruction` and `output` (FinGPT's form with `input`, else Alpaca's); `text`.
+ * decide: `prompt` and `completion`; `instruction` and `output` (FinGPT's form with `input`, else Alpaca's); `text`, unless an
+ * answer seems to stand beside it.
  *
  * @throws TemplateError
  */
@@ -270,7 +285,13 @@ export function resolveTemplate(choice: TemplateChoice): PromptTemplate {
   const has = (...fields: string[]): boolean => fields.every((field) => columns?.includes(field) === true);
   if (has('prompt', 'completion')) return promptCompletionTemplate;
   if (has('instruction', 'output')) return has('input') ? fingptTemplate : alpacaTemplate;
-  if (has('text')) return textTemplate();
+  if (has('text')) {
+    const answer = columns?.find((name) => answerFields.includes(name.toLowerCase()));
+    if (answer === undefined) return textTemplate();
+    throw new TemplateError(
+      `the data has the fields text and ${answer}, and no prompt_template says how they go together; set one, such as "Text: {text}\\nAnswer: {${answer}}", or prompt_template text to train the texts alone`,
+    );
+  }
   throw new TemplateError(
     `no prompt template fits the fields ${columns === undefined || columns.length === 0 ? '(none are known)' : columns.join(', ')}; the data needs instruction, input and output, or prompt and completion, or text, or set prompt_template`,
   );
