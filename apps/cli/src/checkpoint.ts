@@ -176,6 +176,8 @@ export interface RunProgress {
   readonly barren: number;
   /** Steps at which the run was gone on with. */
   readonly resumed: readonly number[];
+  /** How often its device was lost. */
+  readonly device_losses: number;
 }
 
 /** JSON makes null of NaN. */
@@ -203,6 +205,7 @@ const progressSchema: z.ZodType<RunProgress> = z.object({
   wall_seconds: z.number(),
   barren: z.number(),
   resumed: z.array(z.number()),
+  device_losses: z.number().default(0),
 });
 
 /** A checkpoint that a run goes on from. */

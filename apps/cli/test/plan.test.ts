@@ -31,13 +31,13 @@ import {
 import { testDevice, testVariant } from '@lorikeet/testing';
 import { type Batch, evaluateLoss, Stepper } from '@lorikeet/trainer';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { trainOn } from '../src/commands/train.js';
 import { resolveConfig } from '../src/config.js';
 import { CliError } from '../src/errors.js';
 import { largestBatch, machineOf, type Plan, planOn, planRun, type PlanSettings, plannedPeak } from '../src/plan.js';
 import { settingsThatFit } from '../src/plan-fit.js';
 import { loadRunData } from '../src/run-data.js';
 import { readModelFiles, requireTokenizer } from '../src/session.js';
+import { trainOn } from '../src/train/train-on.js';
 import { Ui } from '../src/ui.js';
 import { cli, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
 

@@ -1,68 +1,24 @@
 /** Runs that are stopped, killed or damaged, and gone on with: the files are those of a run that was left alone. */
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, rmSync, watch } from 'node:fs';
-import { cp, mkdir, mkdtemp, readdir, readFile, rename, rm, truncate, writeFile } from 'node:fs/promises';
+import { cp, mkdir, readdir, readFile, rename, rm, truncate, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { testDevice } from '@lorikeet/testing';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { checkpointDamage, listCheckpoints } from '../src/checkpoint.js';
-import { cli, type CliRun, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
+import { type ResumableRun, resumableRun } from './resumable-run.js';
+import { cli, type CliRun, tinyRows, writeRows } from './tiny-model.js';
 
-const device = await testDevice();
-let folder: string;
-const at = (...parts: string[]): string => join(folder, ...parts);
+let run: ResumableRun;
+const at = (...parts: string[]): string => run.at(...parts);
+const train = (out: string, ...more: string[]): string[] => run.train(out, ...more);
+const result = (out: string): Promise<unknown> => run.result(out);
 
 beforeAll(async () => {
-  folder = await mkdtemp(join(tmpdir(), 'lorikeet-resume-'));
-  await writeTinyModel(device, at('model'), { num_hidden_layers: 1 });
-  await writeRows(at('train.jsonl'), tinyRows(30));
-  await writeRows(at('test.jsonl'), tinyRows(6));
-  await writeFile(
-    at('run.yaml'),
-    `model_name_or_path: ${at('model')}
-train_file: ${at('train.jsonl')}
-validation_file: ${at('test.jsonl')}
-prompt_template: '{prompt}<answer>{completion}'
-special_tokens: { additional_special_tokens: [<answer>] }
-lora: { r: 4, lora_alpha: 8, lora_dropout: 0.2, target_modules: [q_proj, down_proj] }
-dtype: float16
-per_device_train_batch_size: 4
-gradient_accumulation_steps: 2
-max_steps: 14
-learning_rate: 1e-2
-lr_scheduler_type: cosine
-warmup_steps: 2
-eval_strategy: steps
-eval_steps: 5
-logging_steps: 2
-save_steps: 3
-`,
-  );
+  run = await resumableRun();
 });
-afterAll(() => rm(folder, { recursive: true, force: true }));
-
-const train = (out: string, ...more: string[]): string[] => [
-  'train',
-  '-c',
-  at('run.yaml'),
-  `output_dir=${at(out)}`,
-  ...more,
-];
-
-/** What a run leaves that must not hang on how often it was stopped. */
-async function result(out: string): Promise<unknown> {
-  const log = (await readFile(at(out, 'train_log.jsonl'), 'utf8')).trim().split('\n');
-  const entries = log.map((line): unknown => {
-    const entry: unknown = JSON.parse(line);
-    return { ...Object(entry), seconds: 0, tokens_per_second: 0 };
-  });
-  const files: Record<string, string> = {};
-  for (const name of ['adapter_model.safetensors', 'adapter_config.json', 'eval_results.json', 'tokenizer.json'])
-    files[name] = (await readFile(at(out, name))).toString('base64');
-  return { entries, files };
-}
+afterAll(() => run.remove());
 
 /** Ctrl-C at the first output that holds `text`. */
 async function interrupted(args: readonly string[], text: string): Promise<CliRun> {
@@ -94,6 +50,10 @@ async function everything(path: string): Promise<Record<string, string>> {
   }
   return files;
 }
+
+const main = fileURLToPath(new URL('../dist/main.js', import.meta.url));
+// More kills for a thorough check: LORIKEET_KILLS=20.
+const kills = Number(process.env['LORIKEET_KILLS'] ?? 3);
 
 let wanted: unknown;
 describe('a run that is left alone', () => {
@@ -317,10 +277,6 @@ describe.skipIf(!mountable)('a full disk (needs the right to mount one)', () => 
     expect(await result('from-disk')).toEqual(wanted);
   });
 });
-
-const main = fileURLToPath(new URL('../dist/main.js', import.meta.url));
-// More kills for a thorough check: LORIKEET_KILLS=20.
-const kills = Number(process.env['LORIKEET_KILLS'] ?? 3);
 
 describe.skipIf(!existsSync(main) || process.platform === 'win32')('kill -9 (needs the build)', () => {
   interface Ended {

@@ -363,7 +363,7 @@ describe('errors of the device', () => {
     for (const reason of reasons) {
       expect(reason).toBeInstanceOf(DeviceLostError);
       expect(String(reason)).toMatch(
-        /^DeviceLostError: the device was lost \(destroyed.*\), after the last kernels \(.*add.* of op add\); open a new one/,
+        /^DeviceLostError: the device was lost \(destroyed.*\), after the last kernels \(.*add.* of op add\); everything on it is gone$/,
       );
       expect(reason).toMatchObject({ reason: 'destroyed' });
     }

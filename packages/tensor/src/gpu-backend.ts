@@ -85,7 +85,7 @@ export class GpuBackend implements Backend {
       const last = this.#lastKernels();
       this.#end(
         new DeviceLostError(
-          `the device was lost (${reason}${message === '' ? '' : `: ${message}`}), after ${last}; open a new one with openDevice()`,
+          `the device was lost (${reason}${message === '' ? '' : `: ${message}`}), after ${last}; everything on it is gone`,
           reason,
         ),
       );

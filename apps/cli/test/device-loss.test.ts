@@ -1,0 +1,134 @@
+/** The device is lost at any time of a run: the files are those of a run without a loss. */
+import { readFile } from 'node:fs/promises';
+import { type Device, planDevice } from '@lorikeet/tensor';
+import { afterAll, beforeAll, expect, it } from 'vitest';
+import { loadConfig } from '../src/config.js';
+import { loadRunData } from '../src/run-data.js';
+import { openCommandDevice, readModelFiles, requireTokenizer } from '../src/session.js';
+import { trainThroughLosses } from '../src/train/train-on.js';
+import { Ui } from '../src/ui.js';
+import { type ResumableRun, resumableRun } from './resumable-run.js';
+import { cli } from './tiny-model.js';
+
+// More losses for a thorough check: LORIKEET_LOSSES=20.
+const times = Number(process.env['LORIKEET_LOSSES'] ?? 2);
+
+let run: ResumableRun;
+let wanted: unknown;
+beforeAll(async () => {
+  run = await resumableRun();
+});
+afterAll(() => run.remove());
+
+/** How the run goes when `watch` gets each device as it is opened; it may destroy it at any time, or throw. */
+async function runOn(
+  out: string,
+  watch: (device: Device, nth: number) => Device | void,
+  ...overrides: string[]
+): Promise<{ readonly text: string; readonly error: unknown; readonly devices: number }> {
+  const { config } = await loadConfig(run.at('run.yaml'), { overrides: [`output_dir=${run.at(out)}`, ...overrides] });
+  let text = '';
+  const stream = { write: (more: string): void => void (text += more) };
+  const io = { stdout: stream, stderr: stream, env: {} };
+  const context = { ui: new Ui(io, { json: true }), io, signal: new AbortController().signal };
+  const files = await readModelFiles(context, run.at('model'));
+  const data = await loadRunData(context, config, requireTokenizer(files.tokenizer, files.folder));
+  let devices = 0;
+  const error: unknown = await trainThroughLosses(
+    context,
+    { config, files, data },
+    {
+      pauses: [0, 0],
+      open: async () => {
+        const opened = await openCommandDevice();
+        const other = watch(opened, devices++);
+        if (other === undefined) return opened;
+        opened.destroy();
+        return other;
+      },
+    },
+  ).catch((thrown: unknown) => thrown);
+  return { text, error, devices };
+}
+
+/** Destroys a device when it is to do its `nth` piece of work: a dispatch or a read. */
+function destroyAt(device: Device, nth: number): void {
+  let left = nth;
+  const [dispatch, read] = [device.dispatch.bind(device), device.read.bind(device)];
+  const count = (): void => {
+    if (left-- === 0) device.destroy();
+  };
+  device.dispatch = (...args) => {
+    count();
+    dispatch(...args);
+  };
+  device.read = (x) => {
+    count();
+    return read(x);
+  };
+}
+
+const losses = async (out: string): Promise<unknown> =>
+  Object(JSON.parse(await readFile(run.at(out, 'run.json'), 'utf8')))['device_losses'];
+
+/** Dispatches and reads of the whole run. */
+let work = 0;
+it('a loss is not missed where there is none: the run is that of the command', async () => {
+  expect((await cli(run.train('whole'))).code).toBe(0);
+  wanted = await run.result('whole');
+  const counted: Device[] = [];
+  const { error } = await runOn('lost-none', (opened) => void counted.push(opened));
+  expect(error).toBeUndefined();
+  expect(await run.result('lost-none')).toEqual(wanted);
+  expect(await losses('lost-none')).toBeUndefined();
+  const { dispatches, reads } = counted[0].stats();
+  work = dispatches + reads;
+});
+
+it(`a loss at ${times} random moments: opened again, the run goes on to the same bits`, async () => {
+  for (let time = 0; time < times; time++) {
+    const nth = Math.floor(Math.random() * work);
+    const out = `lost-${time}`;
+    const { text, error, devices } = await runOn(out, (opened, n) => (n === 0 ? destroyAt(opened, nth) : undefined));
+    expect(error, `${nth} of ${work}: ${text}`).toBeUndefined();
+    // The report at the end is not worth another run.
+    if (!text.includes('the report was not written')) {
+      expect(devices, String(nth)).toBe(2);
+      expect(text).toContain('{"event":"device_lost","reason":"destroyed"');
+      expect(await losses(out)).toBe(1);
+    }
+    expect(await run.result(out), `${nth} of ${work}`).toEqual(wanted);
+  }
+});
+
+it('a loss before the first checkpoint, and again after it: begins again, then goes on', async () => {
+  const { text, error, devices } = await runOn('lost-twice', (opened, n) => {
+    if (n === 0) destroyAt(opened, Math.floor(work / 10));
+    if (n === 1) destroyAt(opened, Math.floor(work / 2));
+  });
+  expect(error, text).toBeUndefined();
+  expect(devices).toBe(3);
+  expect(text).toContain('there is no checkpoint yet, so the run starts from the beginning');
+  expect(text).toMatch(/opening the device again, to go on from step (3|6|9)\n/);
+  expect(text).toMatch(/going on from step (3|6|9) of 14/);
+  expect(await losses('lost-twice')).toBe(2);
+  expect(await run.result('lost-twice')).toEqual(wanted);
+});
+
+it('a loss again and again without a new checkpoint is an end, and so is one that does not come back, or as another', async () => {
+  const always = await runOn('lost-always', (opened) => destroyAt(opened, 40));
+  expect(always.devices).toBe(5);
+  expect(String(always.error)).toMatch(/the device was destroyed.*: for the 5th time, and no checkpoint was reached/);
+  const gone = await runOn('lost-gone', (opened, n) => {
+    if (n > 0) throw new Error('no adapter');
+    destroyAt(opened, Math.floor(work / 2));
+  });
+  expect(gone.devices).toBe(3);
+  expect(String(gone.error)).toMatch(
+    /was lost and did not come back: no adapter\. .* Go on later with: lorikeet train --resume \S+checkpoint-\d+$/,
+  );
+  const other = await runOn('lost-other', (opened, n) => (n > 0 ? planDevice() : destroyAt(opened, 40)));
+  expect(String(other.error)).toContain('the system offers a plan in its place');
+  expect((await cli(run.train('lost-gone', '--resume'))).code).toBe(0);
+  expect(await run.result('lost-gone')).toEqual(wanted);
+});
