@@ -30,7 +30,7 @@ const nothing: Setting = { names: [], weights: [] };
  * Named adapters over one model. One that is not active is parked: its parameters stay in memory, and the model does not
  * see them. Activating changes references only.
  *
- * The adapters are the set's: `delete` and `dispose` free them. A training step or generation belongs to one activation;
+ * The adapters are the set's: `delete` and `dispose` free them, `release` hands one over. A training step or generation belongs to one activation;
  * `activate` between two, not during one.
  */
 export class AdapterSet {
@@ -164,6 +164,20 @@ export class AdapterSet {
    */
   delete(name: string): string[] {
     this.#checkFree('delete');
+    this.#release(name).remove();
+    return this.active;
+  }
+
+  /**
+   * Takes an adapter out of the set and hands it over, parked: to merge it for good, say. What is active then is as after
+   * `delete`.
+   */
+  release(name: string): Adapter {
+    this.#checkFree('release');
+    return this.#release(name);
+  }
+
+  #release(name: string): Adapter {
     const adapter = this.get(name);
     const { names, weights } = this.#setting;
     if (names.includes(name)) {
@@ -174,8 +188,8 @@ export class AdapterSet {
       this.#change({ names: next.map((n) => n.name), weights: next.map((n) => n.weight) });
     }
     this.#adapters.delete(name);
-    adapter.remove();
-    return this.active;
+    adapter.setInSet(false);
+    return adapter;
   }
 
   /** Takes all adapters out of the model and frees them. */
@@ -183,7 +197,10 @@ export class AdapterSet {
     this.#checkFree('dispose');
     for (const adapter of this.#adapters.values()) if (adapter.merged) adapter.unmerge();
     this.#change(nothing);
-    for (const adapter of this.#adapters.values()) adapter.remove();
+    for (const adapter of this.#adapters.values()) {
+      adapter.setInSet(false);
+      adapter.remove();
+    }
     this.#adapters.clear();
   }
 
@@ -242,6 +259,7 @@ export class AdapterSet {
 
   #take(name: string, adapter: Adapter): void {
     this.#adapters.set(name, adapter);
+    adapter.setInSet(true);
     if (this.#adapters.size === 1) this.#change({ names: [name], weights: [1] });
   }
 

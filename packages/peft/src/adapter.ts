@@ -19,6 +19,7 @@ export class Adapter {
   readonly #layers: ReadonlyMap<string, AdaptedModule>;
   readonly #parameters: AdapterParameters;
   #state: AdapterState = 'beside';
+  #inSet = false;
 
   /**
    * @internal Use `injectAdapter`.
@@ -125,10 +126,18 @@ export class Adapter {
     return this.#state === 'merged';
   }
 
-  /** Adds the update to the base weights. Takes the memory of the adapted weights once more until `unmerge`. */
+  /**
+   * Adds the update to the base weights. Takes the memory of the adapted weights once more until `unmerge`.
+   * @throws AdapterError where the method cannot be merged; nothing is changed then
+   */
   merge(): void {
     this.#expect('merge', 'beside');
-    for (const layer of this.#layers.values()) layer.merge();
+    try {
+      for (const layer of this.#layers.values()) layer.merge();
+    } catch (error) {
+      for (const layer of this.#layers.values()) layer.unmerge();
+      throw error;
+    }
     this.#state = 'merged';
   }
 
@@ -142,10 +151,12 @@ export class Adapter {
   /**
    * Adds the update to the base weights for good and takes the adapter out: the model is a plain one again. The update is
    * computed in f32 and stored in the base's type; the originals and the adapter's parameters are freed module by module.
-   * @throws AdapterError where others are parked, which were made for the base as it is
+   * @throws AdapterError where others are parked, which were made for the base as it is, where it is in an `AdapterSet`, and
+   *   where the method cannot be merged
    */
   mergeAndUnload(): void {
     this.#expect('mergeAndUnload', 'beside', 'merged');
+    this.#expectFree('mergeAndUnload');
     const others = parkedOn.get(this.#model)?.size ?? 0;
     if (others > 0) {
       throw new AdapterError(
@@ -160,9 +171,13 @@ export class Adapter {
     this.#state = 'gone';
   }
 
-  /** Takes the adapter out of the model, which is what it was before, and frees the adapter's parameters. */
+  /**
+   * Takes the adapter out of the model, which is what it was before, and frees the adapter's parameters.
+   * @throws AdapterError where it is in an `AdapterSet`, whose `delete` does that
+   */
   remove(): void {
     this.#expect('remove', 'beside', 'parked', 'merged');
+    this.#expectFree('remove');
     if (this.merged) this.unmerge();
     for (const [path, layer] of this.#layers) {
       if (this.parked) {
@@ -213,6 +228,18 @@ export class Adapter {
   async load(folder: ByteFolder): Promise<void> {
     this.#expect('load', 'beside', 'parked');
     await this.#parameters.load(folder);
+  }
+
+  /** @internal Says that an `AdapterSet` counts on it, or no longer: it does not go by itself then. */
+  setInSet(inSet: boolean): void {
+    this.#inSet = inSet;
+  }
+
+  #expectFree(call: string): void {
+    if (!this.#inSet) return;
+    throw new AdapterError(
+      `${call}: the adapter is in a set; delete(name) of the set frees it, release(name) hands it over`,
+    );
   }
 
   #expect(call: string, ...states: readonly AdapterState[]): void {

@@ -175,4 +175,43 @@ describe('a set', () => {
     next.remove();
     net.dispose();
   });
+
+  it('keeps its adapters until it hands one over, which is merged for good', async () => {
+    const net = new MethodNet(device);
+    const set = new AdapterSet(net);
+    await move(await set.add('one', loraConfig(low)));
+    await set.add('two', loraConfig(low));
+    const logits = await net.readLogits();
+    for (const names of ['one', ['one', 'two'], 'two']) {
+      set.activate(names);
+      expect(() => set.get('one').remove()).toThrow('is in a set; delete(name) of the set frees it');
+    }
+    set.activate('one');
+    expect(() => set.get('one').mergeAndUnload()).toThrow('is in a set');
+    set.activate(['one', 'two']);
+    const one = set.release('one');
+    expect([set.names, set.active, one.parked]).toEqual([['two'], ['two'], true]);
+    set.dispose();
+    one.resume();
+    one.mergeAndUnload();
+    expect(relativeError(await net.readLogits(), logits)).toBeLessThan(1e-5);
+    net.dispose();
+  });
+});
+
+it('an adapter that cannot be merged whole is not merged in parts', async () => {
+  const net = new AttentionNet(device);
+  const adapter = injectAdapter(
+    net,
+    promptTuningConfig({ num_virtual_tokens: 2, trainable_token_indices: [1], modules_to_save: ['lm_head'] }),
+  );
+  await move(adapter);
+  const logits = await net.readLogits();
+  const bytes = live();
+  for (const call of [(): void => adapter.merge(), (): void => adapter.mergeAndUnload()]) {
+    expect(call).toThrow('cannot be merged into weights');
+    expect([await net.readLogits(), live()]).toEqual([logits, bytes]);
+  }
+  adapter.remove();
+  net.dispose();
 });
