@@ -23,6 +23,7 @@ import {
   attention,
   cast,
   insertRows,
+  LorikeetError,
   removeRows,
   reshape,
   ropeQk,
@@ -44,7 +45,7 @@ export interface Prefix {
 
 /** What a block gets besides its input. */
 export interface BlockContext {
-  /** i32 [B, 2]: half-open range of real tokens, a prefix not among them. */
+  /** i32 [B, 2]: half-open range of real tokens, a prefix not among them; [B, T, 2] of each token's document. */
   readonly spans: Tensor;
   /** Keys and values of earlier tokens, in generation; of a prefix, too, from its first call on. */
   readonly cache?: LayerCache | undefined;
@@ -280,6 +281,11 @@ export class Mistral extends Module implements CausalLM {
    */
   hidden({ ids, spans }: ModelInput, { checkpointing = false, cache }: HiddenOptions = {}): Tensor {
     const { embed_tokens, virtual_tokens: virtual, layers, norm } = this.model;
+    if (virtual.count > 0 && spans.shape.length > 2) {
+      throw new LorikeetError(
+        'Mistral.hidden: rows of several documents (packing) have no place for virtual tokens, which stand before one document; train a prompt or prefix without packing',
+      );
+    }
     const begins = cache === undefined || cache.length === 0;
     const prompt = begins ? virtual.embeddings() : undefined;
     const keysAndValues = begins ? virtual.keysAndValues() : undefined;

@@ -6,7 +6,10 @@ import type { Module } from './module.js';
 export interface ModelInput {
   /** Token ids, i32 [B, T]. */
   readonly ids: Tensor;
-  /** Half-open range of real tokens of each row, i32 [B, 2]: padding may be left or right. */
+  /**
+   * Half-open range of real tokens of each row, i32 [B, 2]: padding may be left or right. Where rows hold several documents,
+   * i32 [B, T, 2]: the range of each token's document, empty for padding; neither starts nor ends fall along a row.
+   */
   readonly spans: Tensor;
 }
 

@@ -2,6 +2,7 @@
 import type { JsonObject, JsonValue } from '@lorikeet/tensor';
 import { type BestMetric, bestMetrics } from './evaluation-watch.js';
 import type { AdamWOptions, LossScaleOptions } from './optimizer.js';
+import { type PackingStrategy, packingStrategies } from './packing.js';
 import {
   finite,
   flag,
@@ -99,6 +100,13 @@ export interface SFTConfig extends TrainingArguments {
   readonly overlong?: Overlong;
   /** Train the completion and its end only. Default true. */
   readonly completion_only_loss?: boolean;
+  /**
+   * Several training rows share a sequence of up to `max_length` tokens, each for itself: a batch then holds so many sequences.
+   * Evaluations have the rows one by one. Default false.
+   */
+  readonly packing?: boolean;
+  /** How rows are put together; default `bfd`. */
+  readonly packing_strategy?: PackingStrategy;
   /** Batches are padded to a multiple of this width, so that few shapes occur and buffers are reused; default 64. */
   readonly pad_to_multiple_of?: number;
   /** Steps between entries of the log, a share of all steps when below 1; default 10, 0 for none. */
@@ -187,6 +195,8 @@ const sftRules: Readonly<Record<Exclude<keyof SFTConfig, keyof TrainingArguments
   ],
   overlong: oneOf(overlongModes),
   completion_only_loss: flag,
+  packing: flag,
+  packing_strategy: oneOf(packingStrategies),
   pad_to_multiple_of: whole(1),
   logging_steps: stepsOrShare,
   logging_first_step: flag,
@@ -222,6 +232,9 @@ export function validateTrainingArguments(args: TrainingArguments, lossScale: Lo
  */
 export function validateSFTConfig(args: SFTConfig): void {
   const found = [...argumentProblems(args), ...problems(args, sftRules)];
+  if (args.packing === true && args.max_length === null) {
+    found.push('packing is true and max_length is null; it must be the length of a packed sequence');
+  }
   if (found.length > 0) throw new RangeError(found.join('\n'));
 }
 

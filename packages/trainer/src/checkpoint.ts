@@ -21,7 +21,7 @@ import {
   type TensorFile,
   writeSafetensors,
 } from '@lorikeet/tensor';
-import type { SamplerState } from './data.js';
+import type { SamplerState } from './sampler.js';
 import type { WatchState } from './evaluation-watch.js';
 
 /** File of the optimizer's state in a checkpoint's folder. */

@@ -1,19 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import {
-  BatchSampler,
-  batches,
-  batchesPerEpoch,
-  collate,
-  DataError,
-  type DataRow,
-  epochOrder,
-  fingerprint,
-  type SamplerOptions,
-  toRows,
-  trainTestSplit,
-  validateRows,
-} from './data.js';
+import { collate, DataError, type DataRow, fingerprint, toRows, trainTestSplit, validateRows } from './data.js';
+import { BatchSampler, batches, batchesPerEpoch, epochOrder, type SamplerOptions } from './sampler.js';
 
 const fields = [{ name: 'instruction' }, { name: 'input', optional: true }, { name: 'output', filled: true }];
 const good = { instruction: 'i', input: 'x', output: 'positive' };

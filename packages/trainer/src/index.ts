@@ -6,6 +6,8 @@ export * from './data.js';
 export * from './evaluation-watch.js';
 export * from './metrics.js';
 export * from './plateau.js';
+export * from './packing.js';
+export * from './sampler.js';
 export * from './schedule.js';
 export * from './sft.js';
 export * from './sft-trainer.js';

@@ -111,12 +111,12 @@ function flat(hidden: Tensor): Tensor {
 /** A batch on the device, and lists of integers beside it, all in one write. */
 function upload(
   device: Device,
-  { ids, spans, B, T }: Batch,
+  { ids, spans, documents, B, T }: Batch,
   lists: readonly (readonly number[])[],
 ): { readonly input: ModelInput; readonly i32: Tensor[] } {
   const parts: readonly { readonly values: ArrayLike<number>; readonly shape: readonly number[] }[] = [
     { values: ids, shape: [B, T] },
-    { values: spans, shape: [B, 2] },
+    documents === undefined ? { values: spans, shape: [B, 2] } : { values: documents, shape: [B, T, 2] },
     ...lists.map((values) => ({ values, shape: [values.length] })),
   ];
   // Slices begin at multiples of 256 bytes.

@@ -20,6 +20,7 @@ import { calibrationBatches } from './calibration.js';
 import { readTrainerState } from './checkpoint.js';
 import { checkExamples, type CollateOptions, type DataCollator, type DataRow, type TokenizedExample } from './data.js';
 import { checkEvaluations } from './evaluation-watch.js';
+import { packExamples } from './packing.js';
 import { scheduleWarnings } from './schedule.js';
 import { type TextTokenizer, tokenizeExamples } from './sft.js';
 import { type PromptTemplate, resolveTemplate } from './template.js';
@@ -167,6 +168,9 @@ function isDataRow(item: object): item is DataRow {
   return 'fields' in item && typeof item.fields === 'object' && item.fields !== null && !Array.isArray(item.fields);
 }
 
+/** `max_length` where it is left out. */
+const standardLength = 1024;
+
 /** What `train` is told to return when a run is broken off; nobody reads it. */
 const brokenOff: TrainResult = {
   steps: 0,
@@ -233,6 +237,7 @@ const mean = (values: readonly number[]): number => values.reduce((sum, value) =
 export class SFTTrainer {
   readonly model: CausalLM;
   readonly args: SFTConfig;
+  /** Tokenised; with `packing` several rows to an example. */
   readonly train_dataset: readonly TokenizedExample[];
   readonly eval_dataset: readonly TokenizedExample[] | undefined;
   /** What the user should be told of the data and the schedule before the first step. */
@@ -266,7 +271,8 @@ export class SFTTrainer {
     this.model = model;
     this.args = args;
     const warnings: string[] = [];
-    this.train_dataset = this.#tokenize(options.train_dataset, 'train_dataset', warnings);
+    const rows = this.#tokenize(options.train_dataset, 'train_dataset', warnings);
+    this.train_dataset = args.packing === true ? packExamples(rows, args.max_length ?? standardLength) : rows;
     if (options.eval_dataset !== undefined) {
       this.eval_dataset = this.#tokenize(options.eval_dataset, 'eval_dataset', warnings);
     }
@@ -351,7 +357,7 @@ export class SFTTrainer {
     const { examples, report } = tokenizeExamples(rows, {
       tokenizer,
       template: this.#template,
-      maxLength: args.max_length === null ? undefined : (args.max_length ?? 1024),
+      maxLength: args.max_length === null ? undefined : (args.max_length ?? standardLength),
       overlong: args.overlong,
       completionOnlyLoss: args.completion_only_loss,
     });

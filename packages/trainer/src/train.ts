@@ -21,7 +21,6 @@ import {
 import { checkFixed, openTrainerState, parametersHash, writeTrainerState } from './checkpoint.js';
 import {
   type Batch,
-  BatchSampler,
   checkExamples,
   type CollateOptions,
   collatorOf,
@@ -33,6 +32,7 @@ import {
 import { checkEvaluations, EvaluationWatch, followsEvaluations } from './evaluation-watch.js';
 import { batchLoss } from './loss.js';
 import type { LossScaleOptions } from './optimizer.js';
+import { BatchSampler } from './sampler.js';
 import { scheduleTable } from './schedule.js';
 import { Stepper, type WindowRecord } from './stepper.js';
 

@@ -41,7 +41,10 @@ const columnsOf = { broadcast: [8], portable: [8, 64] } as const;
 function seen(spans: Array64, b: number, i: number, keys: number, options: AttentionOptions): number[] {
   const { queryOffset = 0, keyLength = keys, window = Infinity } = options;
   const p = queryOffset + i;
-  const [start, end] = [spans.data[2 * b], Math.min(spans.data[2 * b + 1], keyLength)];
+  // One span a row, or one for each position.
+  const count = spans.shape.length === 2 ? 1 : spans.shape[1];
+  const at = 2 * (b * count + Math.min(p, count - 1));
+  const [start, end] = [spans.data[at], Math.min(spans.data[at + 1], keyLength)];
   return Array.from({ length: keys }, (_, j) => j).filter((j) => j >= start && j < end && j > p - window && j <= p);
 }
 
@@ -105,6 +108,22 @@ function spansOf(B: number, length: number): fc.Arbitrary<number[]> {
   return fc.array(span, { minLength: B, maxLength: B }).map((rows) => rows.flat());
 }
 
+/** A span for each position of a row: documents one after the other, padding between them or on one side. */
+function documentSpansOf(B: number, length: number): fc.Arbitrary<number[]> {
+  const row = fc
+    .tuple(fc.uniqueArray(fc.nat(length), { maxLength: 5 }), fc.array(fc.boolean(), { minLength: 7, maxLength: 7 }))
+    .map(([cuts, padding]) => {
+      const borders = [0, ...cuts.filter((cut) => cut > 0 && cut < length).sort((a, b) => a - b), length];
+      return borders.slice(1).flatMap((end, i) => {
+        const start = borders[i];
+        // Padding lies at its own end, which is where the next document starts.
+        const span = padding[i] && borders.length > 2 ? [end, end] : [start, end];
+        return Array.from({ length: end - start }, () => span).flat();
+      });
+    });
+  return fc.array(row, { minLength: B, maxLength: B }).map((rows) => rows.flat());
+}
+
 const optionsOf = ({ sizes: { T } }: Pick<Drawn, 'sizes'>): fc.Arbitrary<AttentionOptions> =>
   fc.record({ window: fc.integer({ min: 1, max: T + 2 }), scale: fc.constantFrom(0.1, 0.5) }, { requiredKeys: [] });
 
@@ -116,8 +135,9 @@ const sizesOf = (columns: readonly number[], lengths: readonly number[]): fc.Arb
       T: fc.constantFrom(...lengths),
       heads: fc.constantFrom([1, 1], [2, 2], [2, 1], [4, 2], [3, 1]),
       D: fc.constantFrom(...columns),
+      packed: fc.boolean(),
     })
-    .map(({ B, T, heads: [H, G], D }) => ({ B: T * D > 1000 ? 1 : B, T, S: T, H, G, D }));
+    .map(({ B, T, heads: [H, G], D, packed }) => ({ B: T * D > 1000 ? 1 : B, T, S: T, H, G, D, N: packed ? T : 1 }));
 
 describe('attention: values and gradients', () => {
   // A software device compiles the kernels of a long head for many seconds: f16, another header only, with short ones.
@@ -136,7 +156,7 @@ describe('attention: values and gradients', () => {
         sizes: sizesOf(columns, lengths),
         // A query with one key has no gradient but what is left of a cancellation.
         floor: 0.05,
-        integers: { spans: ({ sizes: { B, T } }) => spansOf(B, T) },
+        integers: { spans: ({ sizes: { B, T, N } }) => (N === 1 ? spansOf(B, T) : documentSpansOf(B, T)) },
         attrs: optionsOf,
         run: ([q, k, v, spans], options) => attention(q, k, v, spans, options),
         reference: (inputs, options) => attention64(inputs, options).out,
@@ -279,6 +299,71 @@ describe.each(tiers)('attention, $tier kernels', ({ tier, on }) => {
     });
   };
 
+  it('documents that share a row see themselves alone, and their gradients are those of rows of their own', async () => {
+    const lengths = [37, 64, 1, 50];
+    const T = 160;
+    const borders = lengths.reduce((list, length) => [...list, list[list.length - 1] + length], [0]);
+    const spans = Array.from({ length: T }, (_, t) => {
+      const document = lengths.findIndex((_, i) => t < borders[i + 1]);
+      return document < 0 ? [borders[4], borders[4]] : [borders[document], borders[document + 1]];
+    });
+    const arrays = inputsOf({ B: 1, T, S: T, H: 4, G: 2, D: 8 }, [0, T]);
+    const dy = array64(arrays[0].shape, randomArray64(arrays[0].data.length, 4));
+    for (const window of [Infinity, 20]) {
+      const run = (from: number, to: number, at: readonly number[], shape: readonly number[]): Tensor[] =>
+        scope(() => {
+          const part = ({ data, shape: [, , heads] }: Array64): Tensor =>
+            on.fromArray(data.slice(from * heads * 8, to * heads * 8), [1, to - from, heads, 8]);
+          const [q, k, v] = arrays.slice(0, 3).map(part);
+          const cotangent = part(dy);
+          const { aux, grads } = valueAndGrad(() => {
+            const y = attention(q, k, v, on.fromArray(at, shape, 'i32'), { window });
+            return [sum(mul(y, cotangent)), y];
+          }, [q, k, v]);
+          return keep([...aux, ...grads]);
+        });
+      const packed = run(0, T, spans.flat(), [1, T, 2]);
+      const whole = await Promise.all(packed.map((x) => x.read()));
+      for (const x of whole) expect(x.slice((x.length / T) * borders[4]).every((value) => value === 0)).toBe(true);
+      for (const [i, length] of lengths.entries()) {
+        const alone = run(borders[i], borders[i + 1], [0, length], [1, 2]);
+        for (const [n, x] of alone.entries()) {
+          const width = whole[n].length / T;
+          const part = whole[n].slice(width * borders[i], width * borders[i + 1]);
+          // Sums run in the same order, but in other tiles.
+          expect(relativeError(part, await x.read()), `${['out', ...names][n]} of document ${i}`).toBeLessThan(1e-6);
+          x.dispose();
+        }
+      }
+      for (const x of packed) x.dispose();
+    }
+  });
+
+  it('tiles of other documents are not computed', async () => {
+    // Whatever a tile of either kernel is, 64 divides into tiles: of the document in the middle nothing may be read.
+    const T = 192;
+    const spans = Array.from({ length: T }, (_, t) => [t - (t % 64), t - (t % 64) + 64]).flat();
+    const arrays = inputsOf({ B: 1, T, S: T, H: 2, G: 1, D: 8 }, [0, T]);
+    for (const { data, shape } of arrays.slice(0, 3)) data.fill(NaN, 64 * shape[2] * 8, 128 * shape[2] * 8);
+    const made = scope(() => {
+      const [q, k, v] = upload(on, arrays, 'f32');
+      const at = on.fromArray(spans, [1, T, 2], 'i32');
+      const { aux, grads } = valueAndGrad(() => {
+        const y = attention(q, k, v, at);
+        return [sum(y), y];
+      }, [q, k, v]);
+      return keep([...aux, ...grads]);
+    });
+    for (const x of made) {
+      const values = await x.read();
+      const document = (i: number): ArrayLike<number> =>
+        values.slice((values.length / 3) * i, (values.length / 3) * (i + 1));
+      expect([0, 2].every((i) => Array.from(document(i)).every(Number.isFinite))).toBe(true);
+      expect(Array.from(document(1)).some(Number.isNaN)).toBe(true);
+      x.dispose();
+    }
+  });
+
   it('a window of 3 over 5 keys: the last three, its own among them', async () => {
     expect(await visible(5, [0, 5], { window: 3 })).toEqual([[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]);
     expect(await visible(5, [0, 5], { window: 1 })).toEqual([[0], [1], [2], [3], [4]]);
@@ -376,5 +461,9 @@ it('attention: sizes that do not fit say so', () => {
     expect(run(small, small, { queryOffset: -1 })).toThrow('queryOffset is -1');
     expect(run(small, small, { keyLength: 3 })).toThrow('keyLength is 3, but k has 2 positions');
     expect(run(small, small, { scale: NaN })).toThrow('scale is NaN');
+    const x = device.zeros([1, 4, 1, 8]);
+    expect(() => attention(x, x, x, device.zeros([1, 3, 2], 'i32'))).toThrow(
+      'a row has 3 spans; one, or one for each of the 4 keys',
+    );
   });
 });

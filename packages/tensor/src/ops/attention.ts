@@ -2,6 +2,7 @@
 import { pitchOf } from '../dtype.js';
 import { ShapeError } from '../errors.js';
 import { defineOp, type Op } from '../op.js';
+import { positionSpans } from '../spans.js';
 import type { Tensor } from '../tensor.js';
 import { flashKeys, flashQueries, flashStats, type KeyGrads } from '../wgsl/flash-backward.js';
 import { type FlashKernel, flashForward } from '../wgsl/flash-forward.js';
@@ -43,7 +44,7 @@ function sizesOf([b, tq, h, hd]: readonly number[], [, tk, g]: readonly number[]
   return { b, tq, tk, h, g, hd, rows: (tq * h) / g };
 }
 
-/** Pairs of a query and a key that causality and the window leave, per head. */
+/** Pairs of a query and a key that causality and the window leave, per head; spans may leave fewer. */
 function pairsOf({ tq }: Sizes, { window, queryOffset, keyLength }: Attrs): number {
   let pairs = 0;
   for (let i = queryOffset; i < queryOffset + tq; i++) {
@@ -75,6 +76,7 @@ function run(
       k_length: sizes.tk,
       key_length: attrs.keyLength,
       offset: attrs.queryOffset,
+      spans: tensors.spans.shape[1],
       window: attrs.window,
       scale: attrs.scale,
       pitch,
@@ -88,11 +90,11 @@ function run(
 /** @internal */
 export const attentionOp: Op<Attrs> = defineOp<Attrs>({
   name: 'attention',
-  contract: 'q[B, T, H, D], k[B, S, G, D], v[B, S, G, D], spans[B, 2] -> [B, T, H, D]',
+  contract: 'q[B, T, H, D], k[B, S, G, D], v[B, S, G, D], spans[B, N, 2] -> [B, T, H, D]',
   integers: ['spans'],
   forward: ([q, k, v, spans], { attrs, shapes, needs }) => {
     const sizes = sizesOf(q.shape, k.shape);
-    checkSizes(sizes, attrs);
+    checkSizes(sizes, attrs, spans.shape[1]);
     const grads = needs[0] || needs[1] || needs[2];
     const device = q.device;
     const out = device.empty(shapes[0], q.dtype);
@@ -153,7 +155,11 @@ export const attentionOp: Op<Attrs> = defineOp<Attrs>({
   },
 });
 
-function checkSizes({ tk, h, g, hd }: Sizes, { window, queryOffset, keyLength, scale }: Attrs): void {
+function checkSizes(
+  { tk, h, g, hd }: Sizes,
+  { window, queryOffset, keyLength, scale }: Attrs,
+  spansOfRow: number,
+): void {
   const fail = (what: string): never => {
     throw new ShapeError(`attention: ${what}`);
   };
@@ -165,6 +171,8 @@ function checkSizes({ tk, h, g, hd }: Sizes, { window, queryOffset, keyLength, s
     fail(`queryOffset is ${queryOffset}; it must be an integer from 0 on`);
   if (!Number.isSafeInteger(keyLength) || keyLength < 1 || keyLength > tk)
     fail(`keyLength is ${keyLength}, but k has ${tk} positions`);
+  if (spansOfRow !== 1 && spansOfRow !== tk)
+    fail(`a row has ${spansOfRow} spans; one, or one for each of the ${tk} keys`);
   if (!Number.isFinite(scale)) fail(`scale is ${scale}`);
 }
 
@@ -176,10 +184,14 @@ function checkSizes({ tk, h, g, hd }: Sizes, { window, queryOffset, keyLength, s
  * queryOffset + i among the keys, sees key j when start <= j < min(end, keyLength) and p - window < j <= p. A query that
  * sees nothing gives zeros and gets a zero gradient, as does a key that nothing sees. Memory is linear in T; results are the
  * same bits every time.
+ *
+ * `spans` [B, S, 2] has one for each key and the query at its position: that of the document it belongs to, where several
+ * share a row. Along a row neither starts nor ends may fall; padding has an empty span. Tiles in which no query sees a key
+ * are not computed, so that the work is that of the documents alone; the flop count is that of a row without them.
  * @throws ShapeError for sizes that do not fit together
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, options: AttentionOptions = {}): Tensor {
-  return attentionOp.run([q, k, v, spans], {
+  return attentionOp.run([q, k, v, positionSpans(spans)], {
     window: Math.min(options.window ?? noWindow, noWindow),
     queryOffset: options.queryOffset ?? 0,
     keyLength: options.keyLength ?? k.shape[1],

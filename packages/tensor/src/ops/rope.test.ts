@@ -18,11 +18,15 @@ const device = await testDevice();
 function rope64([x, spans]: readonly Array64[], { theta = 10000, positionOffset = 0 }: RopeOptions): Array64 {
   const [B, T, H, D] = x.shape;
   const out = array64(x.shape);
+  // One span a row, or one for each token.
+  const count = spans.shape.length === 2 ? 1 : spans.shape[1];
   for (let b = 0; b < B; b++)
     for (let t = 0; t < T; t++)
       for (let h = 0; h < H; h++)
         for (let j = 0; j < D / 2; j++) {
-          const angle = Math.max(0, t + positionOffset - spans.data[2 * b]) * theta ** ((-2 * j) / D);
+          const angle =
+            Math.max(0, t + positionOffset - spans.data[2 * (b * count + Math.min(t, count - 1))]) *
+            theta ** ((-2 * j) / D);
           const [re, im] = [((b * T + t) * H + h) * D + j, ((b * T + t) * H + h) * D + j + D / 2];
           out.data[re] = x.data[re] * Math.cos(angle) - x.data[im] * Math.sin(angle);
           out.data[im] = x.data[im] * Math.cos(angle) + x.data[re] * Math.sin(angle);
@@ -42,17 +46,20 @@ beforeAll(() => {
 });
 
 const common = {
-  sizes: fc.record({
-    B: fc.constantFrom(1, 2, 3),
-    T: fc.constantFrom(1, 7, 33, 67),
-    H: fc.constantFrom(1, 2, 3),
-    G: fc.constantFrom(1, 2),
-    D: fc.constantFrom(...columns),
-  }),
+  sizes: fc
+    .record({
+      B: fc.constantFrom(1, 2, 3),
+      T: fc.constantFrom(1, 7, 33, 67),
+      H: fc.constantFrom(1, 2, 3),
+      G: fc.constantFrom(1, 2),
+      D: fc.constantFrom(...columns),
+      packed: fc.boolean(),
+    })
+    .map(({ packed, ...sizes }) => ({ ...sizes, N: packed ? sizes.T : 1 })),
   integers: {
-    spans: ({ sizes: { B, T } }: Drawn) =>
+    spans: ({ sizes: { B, T, N } }: Drawn) =>
       fc
-        .array(fc.tuple(fc.nat(T), fc.nat(T)), { minLength: B, maxLength: B })
+        .array(fc.tuple(fc.nat(T), fc.nat(T)), { minLength: B * N, maxLength: B * N })
         .map((rows) => rows.flatMap(([a, b]) => [Math.min(a, b), Math.max(a, b)])),
   },
   attrs: (): fc.Arbitrary<RopeOptions> =>
@@ -128,6 +135,9 @@ describe('rope', () => {
         'rope: heads have 12 columns; a multiple of 8 is needed',
       );
       const x = device.zeros([1, 1, 1, 8]);
+      expect(() => rope(x, device.zeros([1, 2, 2], 'i32'))).toThrow(
+        'rope: a row has 2 spans; one, or one for each of the 1 tokens',
+      );
       expect(() => rope(x, spans, { positionOffset: -1 })).toThrow('positionOffset is -1');
       expect(() => rope(x, spans, { theta: 0 })).toThrow('theta is 0; it must be positive');
     });

@@ -4,6 +4,7 @@ import { ShapeError } from '../errors.js';
 import { defineKernel, type Kernel } from '../kernel.js';
 import { defineOp, type Op } from '../op.js';
 import { keep } from '../scope.js';
+import { positionSpans } from '../spans.js';
 import type { Tensor } from '../tensor.js';
 
 /** Options of `rope`. */
@@ -27,8 +28,9 @@ const turn = (x: string, out: string, heads: string): string => `fn ${out}_turn(
   let j = i % half;
   let head = i / half;
   let token = head / P.${heads};
-  let start = i32(spans_load(2u * (token / P.length)));
-  let position = u32(max(i32(token % P.length + P.offset) - start, 0));
+  let t = token % P.length;
+  let start = i32(spans_load(2u * (token / P.length * P.spans + min(t, P.spans - 1u))));
+  let position = u32(max(i32(t + P.offset) - start, 0));
   let c = table_load4(position * P.quads + j);
   let s = P.sign * table_load4(position * P.quads + half + j);
   let at = head * P.quads + j;
@@ -41,7 +43,7 @@ const turn = (x: string, out: string, heads: string): string => `fn ${out}_turn(
 const kernel: Kernel = defineKernel({
   name: 'rope',
   bindings: { x: 'read', spans: 'read', table: 'read', out: 'write' },
-  params: { count: 'u32', heads: 'u32', length: 'u32', quads: 'u32', offset: 'u32', sign: 'f32' },
+  params: { count: 'u32', heads: 'u32', length: 'u32', quads: 'u32', offset: 'u32', spans: 'u32', sign: 'f32' },
   workgroupSize,
   body: `${turn('x', 'out', 'heads')}
 fn kernel(group: u32, lane: u32) {
@@ -61,6 +63,7 @@ const bothKernel: Kernel = defineKernel({
     length: 'u32',
     quads: 'u32',
     offset: 'u32',
+    spans: 'u32',
     sign: 'f32',
   },
   workgroupSize,
@@ -113,7 +116,7 @@ function rotate(x: Tensor, spans: Tensor, { theta, positionOffset }: Attrs, sign
   x.device.dispatch(
     kernel,
     { x, spans, table, out },
-    { count, heads, length, quads: columns / 4, offset: positionOffset, sign },
+    { count, heads, length, quads: columns / 4, offset: positionOffset, spans: spans.shape[1], sign },
     Math.ceil(count / workgroupSize),
   );
   return out;
@@ -128,13 +131,28 @@ function rotateBoth(q: Tensor, k: Tensor, spans: Tensor, { theta, positionOffset
   device.dispatch(
     bothKernel,
     { q, k, spans, table, q_out, k_out },
-    { q_count, q_heads, k_count, k_heads: k.shape[2], length, quads: columns / 4, offset: positionOffset, sign },
+    {
+      q_count,
+      q_heads,
+      k_count,
+      k_heads: k.shape[2],
+      length,
+      quads: columns / 4,
+      offset: positionOffset,
+      spans: spans.shape[1],
+      sign,
+    },
     Math.ceil((q_count + k_count) / workgroupSize),
   );
   return [q_out, k_out];
 }
 
-function checkAttrs({ columns }: Tensor, { theta, positionOffset }: Attrs): void {
+function check({ columns, shape }: Tensor, spans: Tensor, { theta, positionOffset }: Attrs): void {
+  const [, length] = shape;
+  const [, count] = spans.shape;
+  if (count !== 1 && count !== length) {
+    throw new ShapeError(`rope: a row has ${count} spans; one, or one for each of the ${length} tokens`);
+  }
   if (columns % 8 !== 0) throw new ShapeError(`rope: heads have ${columns} columns; a multiple of 8 is needed`);
   if (!Number.isSafeInteger(positionOffset) || positionOffset < 0) {
     throw new ShapeError(`rope: positionOffset is ${positionOffset}; it must be an integer from 0 on`);
@@ -145,10 +163,10 @@ function checkAttrs({ columns }: Tensor, { theta, positionOffset }: Attrs): void
 /** @internal */
 export const ropeOp: Op<Attrs> = defineOp<Attrs>({
   name: 'rope',
-  contract: 'x[B, T, H, D], spans[B, 2] -> [B, T, H, D]',
+  contract: 'x[B, T, H, D], spans[B, N, 2] -> [B, T, H, D]',
   integers: ['spans'],
   forward: ([x, spans], { attrs }) => {
-    checkAttrs(x, attrs);
+    check(x, spans, attrs);
     return { outputs: [rotate(x, spans, attrs, 1)], saved: [spans] };
   },
   // A rotation's transpose is the rotation back.
@@ -159,10 +177,10 @@ export const ropeOp: Op<Attrs> = defineOp<Attrs>({
 /** @internal */
 export const ropeQkOp: Op<Attrs> = defineOp<Attrs>({
   name: 'ropeQk',
-  contract: 'q[B, T, H, D], k[B, T, G, D], spans[B, 2] -> [B, T, H, D], [B, T, G, D]',
+  contract: 'q[B, T, H, D], k[B, T, G, D], spans[B, N, 2] -> [B, T, H, D], [B, T, G, D]',
   integers: ['spans'],
   forward: ([q, k, spans], { attrs }) => {
-    checkAttrs(q, attrs);
+    check(q, spans, attrs);
     return { outputs: rotateBoth(q, k, spans, attrs, 1), saved: [spans] };
   },
   vjp: ({ dys: [dq, dk], saved: [spans], needs, attrs }) => {
@@ -176,14 +194,15 @@ const attrsOf = ({ theta = 10000, positionOffset = 0 }: RopeOptions): Attrs => (
 
 /**
  * Turns each pair (j, j + D/2) of a head by position * theta^(-2j/D). x: [B, T, H, D] -> the same shape; D is a multiple
- * of 8. The position of token t in a row is max(0, t + positionOffset - start), `start` from `spans`, i32 [B, 2].
+ * of 8. The position of token t in a row is max(0, t + positionOffset - start), `start` from `spans`, i32 [B, 2], or
+ * [B, T, 2] where each token has its own.
  */
 export function rope(x: Tensor, spans: Tensor, options: RopeOptions = {}): Tensor {
-  return ropeOp.run([x, spans], attrsOf(options))[0];
+  return ropeOp.run([x, positionSpans(spans)], attrsOf(options))[0];
 }
 
 /** `rope` of queries and keys in one kernel. q: [B, T, H, D], k: [B, T, G, D] -> [q, k] of the same shapes. */
 export function ropeQk(q: Tensor, k: Tensor, spans: Tensor, options: RopeOptions = {}): [q: Tensor, k: Tensor] {
-  const [turnedQ, turnedK] = ropeQkOp.run([q, k, spans], attrsOf(options));
+  const [turnedQ, turnedK] = ropeQkOp.run([q, k, positionSpans(spans)], attrsOf(options));
   return [turnedQ, turnedK];
 }

@@ -32,6 +32,8 @@ export const flashParams: Readonly<Record<string, ParamType>> = {
   key_length: 'i32',
   /** Index of query 0 among the keys. */
   offset: 'u32',
+  /** Spans of a batch row: one for all its positions, or one for each. */
+  spans: 'u32',
   window: 'i32',
   scale: 'f32',
   /** Stored floats per group of heads in lse, and in the statistics of backward. */
@@ -49,7 +51,10 @@ export const lines = <T>(items: readonly T[], each: (item: T, index: number) => 
 export const laneRows = 4;
 export const stepRows = 16;
 
-/** Addressing and masks. The kernel must bind `spans`. */
+/**
+ * Addressing and masks. The kernel must bind `spans`. Where each position has a span of its own, neither starts nor ends
+ * fall along a row: so the keys of a tile of rows lie between the first key of its first row and the end of its last.
+ */
 export const flashPrelude = `
 const LOG2E: f32 = 1.4426950408889634;
 const LEAST: f32 = -1e30;
@@ -59,11 +64,18 @@ fn query_at(b: u32, g: u32, row: u32) -> u32 {
   return ((b * P.q_length + row / P.ratio) * P.kv_heads + g) * P.ratio + row % P.ratio;
 }
 fn key_at(b: u32, g: u32, key: u32) -> u32 { return (b * P.k_length + key) * P.kv_heads + g; }
+// Span of a position: its start and its end, which counts no further than key_length.
+fn span_of(b: u32, position: u32) -> vec2<i32> {
+  let at = 2u * (b * P.spans + min(position, P.spans - 1u));
+  return vec2<i32>(i32(spans_load(at)), min(i32(spans_load(at + 1u)), P.key_length));
+}
 // First visible key of a row and the end of its keys; nothing is visible when the end is not beyond the first.
 fn key_range(b: u32, row: u32) -> vec2<u32> {
-  let q = i32(P.offset + row / P.ratio);
-  let first = max(max(i32(spans_load(2u * b)), 0), q - P.window + 1);
-  let end = min(min(i32(spans_load(2u * b + 1u)), P.key_length), q + 1);
+  let position = P.offset + row / P.ratio;
+  let span = span_of(b, position);
+  let q = i32(position);
+  let first = max(max(span.x, 0), q - P.window + 1);
+  let end = min(span.y, q + 1);
   return vec2<u32>(u32(first), u32(max(end, 0)));
 }
 // First visible key of a row and the number of its keys, 0 beyond the last row.
@@ -74,21 +86,26 @@ fn key_count(b: u32, row: u32) -> vec2<u32> {
 
 /** Addressing of the kernels that own keys: which rows see a key. */
 export const flashRowPrelude = `
+// The query after the last one that may see a key with this span: padding sees what is before it in its row, not in a document.
+fn queries_end(span: vec2<i32>) -> i32 {
+  return select(i32(P.q_length), min(span.y - i32(P.offset), i32(P.q_length)), P.spans > 1u);
+}
 // First row that sees a key and the number of such rows, 0 for a key that does not count.
 fn row_count(b: u32, key: u32) -> vec2<u32> {
-  let end = min(i32(spans_load(2u * b + 1u)), P.key_length);
-  let live = i32(key) >= i32(spans_load(2u * b)) && i32(key) < end;
+  let span = span_of(b, key);
+  let live = i32(key) >= span.x && i32(key) < span.y;
   let query = i32(key) - i32(P.offset);
   let first = max(query, 0);
-  let last = min(query + P.window, i32(P.q_length));
+  let last = min(query + P.window, queries_end(span));
   return vec2<u32>(u32(first), u32(select(0, max(last - first, 0), live))) * P.ratio;
 }
 // The rows that see any of count keys: the first one, and the end.
 fn row_range(b: u32, key: u32, count: u32) -> vec2<u32> {
-  let first_key = max(i32(key), i32(spans_load(2u * b)));
-  let end_key = min(i32(key + count), min(i32(spans_load(2u * b + 1u)), P.key_length));
+  let span = span_of(b, key + count - 1u);
+  let first_key = max(i32(key), span_of(b, key).x);
+  let end_key = min(i32(key + count), span.y);
   let first = max(first_key - i32(P.offset), 0);
-  let end = min(end_key - 1 + P.window - i32(P.offset), i32(P.q_length));
+  let end = min(end_key - 1 + P.window - i32(P.offset), queries_end(span));
   return select(vec2<u32>(0u), vec2<u32>(u32(first), u32(max(end, 0))) * P.ratio, first_key < end_key && first < end);
 }`;
 
