@@ -63,6 +63,14 @@ export const sectionAliases: Readonly<Record<string, string>> = {
   peft_config: 'lora',
 };
 
+/** Other names of element types. */
+export const dtypeSpellings: Readonly<Record<string, string>> = {
+  float: 'float32',
+  fp32: 'float32',
+  half: 'float16',
+  fp16: 'float16',
+};
+
 /** Names that are common elsewhere and too far from ours for the spelling to find them; what they take differs. */
 export const suggestions: Readonly<Record<string, string>> = {
   rank: 'lora.r',
@@ -168,7 +176,6 @@ export interface LaterKey {
 
 /** Keys whose feature is not there yet. An inactive value passes, anything else is refused. */
 export const later: Readonly<Record<string, LaterKey>> = {
-  packing: { what: 'packing several rows into one sequence' },
   load_in_8bit: { what: 'an 8-bit base model', instead: '`load_in_4bit: true` takes half the room.' },
   bf16: {
     what: 'bfloat16',

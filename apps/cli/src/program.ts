@@ -11,6 +11,7 @@ import { type SignalSource, watchInterrupt } from './interrupt.js';
 import { addAdapterCommands } from './program/adapter.js';
 import { addFileCommands } from './program/files.js';
 import { addMachineCommands } from './program/machine.js';
+import { addSetupCommands } from './program/setup.js';
 import { withCommonFlags } from './program/shared.js';
 import { addTrainingCommands } from './program/training.js';
 import { addUsingCommands } from './program/using.js';
@@ -121,6 +122,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
     );
   withCommonFlags(program);
 
+  addSetupCommands(program, run);
   addTrainingCommands(program, run);
   addUsingCommands(program, run);
   addFileCommands(program, run);
