@@ -1,4 +1,4 @@
-// `npm run demo` and `npm test` on a machine that has only Node and npm: installs what is needed, then runs a pnpm script.
+// `npm run setup`, `npm run demo` and `npm test` on a machine that has only Node and npm: installs what is needed, then runs a pnpm script.
 //
 //   node scripts/run.mjs <pnpm script> [arguments]
 import { spawnSync } from 'node:child_process';
@@ -34,7 +34,7 @@ const pnpm = (/** @type {string[]} */ ...args) => run('npx', '--yes', manifest.p
 const [script, ...args] = process.argv.slice(2);
 // --prod=false: the compiler and `webgpu` are needed where NODE_ENV is "production" too.
 // The texts that the base model was pretrained on (80 MB) are for the tests and for pretraining.
-const without = script === 'demo:only' ? ['--filter', '!@lorikeet/pretrain'] : [];
+const without = script !== 'check' ? ['--filter', '!@lorikeet/pretrain'] : [];
 pnpm('install', '--frozen-lockfile', '--prod=false', ...without);
 if (process.platform === 'linux') {
   run('sh', 'scripts/setup-vulkan.sh');
