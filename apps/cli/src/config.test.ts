@@ -101,6 +101,7 @@ describe('resolveConfig', () => {
     ['report_to: none', 'report_to', []],
     ['report_to: jsonl', 'report_to', ['jsonl']],
     ['report_to: tensorboard', 'report_to', ['tensorboard']],
+    ['report_to: [jsonl, wandb]', 'report_to', ['jsonl', 'wandb']],
     ['warmup_steps: 0.1', 'warmup_steps', 0.1],
     ['num_train_epochs: 0.5', 'num_train_epochs', 0.5],
     ['seed:', 'seed', 42],
@@ -330,7 +331,6 @@ dtype: fp16
   it.each([
     'packing: true',
     'load_in_8bit: true',
-    'report_to: [jsonl, wandb]',
     'report_to: mlflow',
     'lr_scheduler_type: cosine_warmup_with_min_lr',
     'loraplus_lr_embedding: 1e-6',

@@ -12,6 +12,7 @@ import { logFile } from './reporting/json-lines.js';
 import { overviewFile, reportFile, tokenLossFile } from './reporting/overview.js';
 import { removeEventFiles } from './reporting/tensorboard.js';
 import { shellQuoted } from './text.js';
+import { recordFile } from './wandb/record.js';
 import { writeFileAtomic, writeJsonAtomic } from './write.js';
 
 /** Files that say that a folder holds a finished run. */
@@ -32,6 +33,7 @@ const runFiles: readonly string[] = [
   overviewFile,
   tokenLossFile,
   reportFile,
+  recordFile,
 ];
 
 async function namesIn(folder: string): Promise<string[]> {

@@ -11,7 +11,7 @@ import { embeddedJson, writeReport } from '../src/dashboard/report.js';
 import { readLogPart } from '../src/dashboard/run-log.js';
 import { readRunView } from '../src/dashboard/run-view.js';
 import { type Dashboard, serveDashboard } from '../src/dashboard/server.js';
-import { buildPage, goOn, hostile, logLines, writeRunFolder } from './run-folder.js';
+import { build, goOn, hostile, logLines, writeRunFolder } from './run-folder.js';
 import { cli } from './tiny-model.js';
 
 const program = chromiumPath();
@@ -20,7 +20,7 @@ const at = (name: string, ...more: string[]): string => join(folder, name, ...mo
 let dashboard: Dashboard;
 
 beforeAll(async () => {
-  buildPage();
+  build('page');
   folder = await mkdtemp(join(tmpdir(), 'lorikeet-dashboard-'));
   await writeRunFolder(at('first'), 'first');
   await writeRunFolder(at('second'), `second ${hostile}`, 3);

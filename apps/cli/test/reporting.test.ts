@@ -6,7 +6,7 @@ import { testDevice } from '@lorikeet/testing';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { readRunView } from '../src/dashboard/run-view.js';
 import { eventsUpTo } from '../src/reporting/event-file.js';
-import { buildPage } from './run-folder.js';
+import { build } from './run-folder.js';
 import { cli, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
 
 const device = await testDevice();
@@ -30,7 +30,7 @@ const train = (out: string, ...more: string[]): string[] => [
 ];
 
 beforeAll(async () => {
-  buildPage();
+  build('page');
   folder = await mkdtemp(join(tmpdir(), 'lorikeet-reporting-'));
   await writeTinyModel(device, at('model'), { num_hidden_layers: 1 });
   await writeRows(at('train.jsonl'), tinyRows(12));

@@ -10,11 +10,11 @@ import type { Overview } from '../page/types.js';
 export const hostile =
   '<img src=x onerror="document.title=\'broken\'"></script><script>document.title="broken"</script>\u2028';
 
-/** Compiles the page, which is served as it is in dist. */
-export function buildPage(): void {
+/** Compiles a part that is used as it is in dist. */
+export function build(part: 'page' | 'wandb-child'): void {
   const tsc = createRequire(import.meta.url).resolve('typescript/bin/tsc');
-  const page = fileURLToPath(new URL('../page', import.meta.url));
-  const { status, stdout } = spawnSync(process.execPath, [tsc, '-b', page], { encoding: 'utf8' });
+  const project = fileURLToPath(new URL(`../${part}`, import.meta.url));
+  const { status, stdout } = spawnSync(process.execPath, [tsc, '-b', project], { encoding: 'utf8' });
   if (status !== 0) throw new Error(stdout);
 }
 

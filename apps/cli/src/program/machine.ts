@@ -4,7 +4,7 @@ import type { Runner } from '../context.js';
 import { integer } from '../flag-values.js';
 import { addCommand, dtypeOption, withHub } from './shared.js';
 
-/** Adds `doctor`, `bench`, `dashboard` and `report`. */
+/** Adds `doctor`, `bench`, `dashboard`, `report` and `sync`. */
 export function addMachineCommands(program: Command, run: Runner): void {
   addCommand(
     program,
@@ -73,6 +73,22 @@ lorikeet dashboard ./out --port 8080`,
       await run(command, async (context) => {
         const { runReport } = await import('../commands/dashboard.js');
         await runReport(context, folder);
+      });
+    });
+
+  addCommand(
+    program,
+    'sync',
+    'Sends to Weights & Biases what of a run has not arrived there; needs WANDB_API_KEY and the packages @wandb/sdk and graphql.',
+    `lorikeet sync ./out
+WANDB_PROJECT=news lorikeet sync ./out       where a run that was made with WANDB_MODE=offline goes
+lorikeet sync ./out --json                   {"url", "lines", "sent", "there"}`,
+  )
+    .argument('<folder>', 'output folder of a run whose report_to holds wandb')
+    .action(async (folder: string, _options: unknown, command: Command) => {
+      await run(command, async (context) => {
+        const { runSync } = await import('../commands/sync.js');
+        await runSync(context, folder);
       });
     });
 }

@@ -3,7 +3,7 @@ import type { EvalRecord, StepRecord } from '@lorikeet/trainer';
 import type { RunProgress } from '../checkpoint.js';
 
 /** Values of `report_to`. */
-export const destinations = ['jsonl', 'tensorboard'] as const;
+export const destinations = ['jsonl', 'tensorboard', 'wandb'] as const;
 
 /** A value of `report_to`. */
 export type Destination = (typeof destinations)[number];
@@ -59,6 +59,18 @@ export function reportToAll(reporters: readonly Reporter[]): Reporter {
       for (const end of ends) if (end.status === 'rejected') throw end.reason;
     },
   };
+}
+
+/** The numbers of an entry by tag, as the Trainer's callbacks name them: `eval_loss` is eval/loss, the rest train/. */
+export function scalarsOf(entry: object): Record<string, number> {
+  const scalars: Record<string, number> = {};
+  const evaluated = 'eval_loss' in entry;
+  for (const [name, value] of Object.entries(entry)) {
+    if (name === 'step' || typeof value !== 'number') continue;
+    if (name.startsWith('eval_')) scalars[`eval/${name.slice('eval_'.length)}`] = value;
+    else if (!evaluated) scalars[`train/${name}`] = value;
+  }
+  return scalars;
 }
 
 /** Sums over the steps since the last {@link LogEntry}. */

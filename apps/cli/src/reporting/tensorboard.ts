@@ -1,11 +1,11 @@
 /** Scalars for TensorBoard: `tensorboard --logdir OUTPUT_DIR` shows them. */
 import { mkdir, open, readdir, readFile, rm, rmdir } from 'node:fs/promises';
 import { join } from 'node:path';
-import { parseJsonObject } from '@lorikeet/tensor';
 import { errorCode, fileError } from '../errors.js';
 import { writeFileAtomic } from '../write.js';
 import { eventsUpTo, scalarRecord, versionRecord } from './event-file.js';
-import type { Reporter } from './reporter.js';
+import { logEntries } from './json-lines.js';
+import { type Reporter, scalarsOf } from './reporter.js';
 
 /** Where a run's event files are, in its folder. */
 const eventFolder = 'runs';
@@ -36,35 +36,16 @@ export async function removeEventFiles(outputDir: string): Promise<void> {
   });
 }
 
-/** The numbers of an entry by tag, as the Trainer's callback names them: `eval_loss` is eval/loss, the rest train/. */
-function scalarsOf(entry: object): Record<string, number> {
-  const scalars: Record<string, number> = {};
-  const evaluated = 'eval_loss' in entry;
-  for (const [name, value] of Object.entries(entry)) {
-    if (name === 'step' || typeof value !== 'number') continue;
-    if (name.startsWith('eval_')) scalars[`eval/${name.slice('eval_'.length)}`] = value;
-    else if (!evaluated) scalars[`train/${name}`] = value;
-  }
-  return scalars;
-}
-
-/** Numbers of a line of the log; null there is what JSON makes of NaN. */
-const numberIn = (entry: Readonly<Record<string, unknown>>, name: string): number =>
-  typeof entry[name] === 'number' ? entry[name] : Number.NaN;
-
 /** The records of a log, at the times at which they would have been written by a run without a break that ends at `now`. */
 function recordsOf(log: string, now: number): Buffer[] {
-  const entries = log
-    .split('\n')
-    .filter((line) => line !== '')
-    .map((line, i): Record<string, unknown> => ({ ...parseJsonObject(line, `train_log.jsonl:${i + 1}`) }));
-  const last = Math.max(0, ...entries.map((entry) => numberIn(entry, 'seconds')).filter(Number.isFinite));
-  let seconds = 0;
+  const entries = logEntries(log);
+  let last = 0;
+  for (const { seconds = 0 } of entries) last = Math.max(last, seconds);
+  let time = 0;
   return entries.map((entry) => {
     // An evaluation has no time of its own and comes behind its step.
-    if (Number.isFinite(numberIn(entry, 'seconds'))) seconds = numberIn(entry, 'seconds');
-    const numbers = Object.fromEntries(Object.keys(entry).map((name) => [name, numberIn(entry, name)]));
-    return scalarRecord(numberIn(entry, 'step'), now - last + seconds, scalarsOf(numbers));
+    time = entry.seconds ?? time;
+    return scalarRecord(entry.step, now - last + time, scalarsOf(entry));
   });
 }
 
