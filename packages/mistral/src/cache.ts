@@ -125,6 +125,11 @@ export class KvCache {
     for (const layer of this.layers) layer.length += tokens;
   }
 
+  /** Forgets what comes behind so many tokens. */
+  truncate(tokens: number): void {
+    for (const layer of this.layers) layer.length = Math.min(layer.length, tokens);
+  }
+
   /** Keeps these rows of the batch, in this order, and frees the others. Takes one layer's memory more for the moment. */
   select(rows: readonly number[]): void {
     scope(() => {
@@ -136,5 +141,55 @@ export class KvCache {
   /** Frees keys and values. */
   dispose(): void {
     for (const layer of this.layers) layer.dispose();
+  }
+}
+
+/**
+ * Keys and values that outlive a call of `generate`, for a prompt that goes on from the one before: of a conversation only what is
+ * new goes through the model. It belongs to one model in one state; `clear` it when an adapter is changed.
+ */
+export class PromptCache {
+  /** Tokens that fit, prompt and answer. */
+  readonly capacity: number;
+  #cache: KvCache | undefined;
+  /** What is in the cache, virtual tokens aside. */
+  #ids: readonly number[] = [];
+
+  /** @param capacity tokens of the longest prompt and its answer */
+  constructor(capacity: number) {
+    this.capacity = capacity;
+  }
+
+  /**
+   * The cache, cut to the tokens that the prompt begins with; its last token is never among them, for what follows it is what
+   * is wanted.
+   * @param make makes an empty cache, once
+   * @param virtual tokens that stand before all others
+   */
+  open(prompt: readonly number[], virtual: number, make: () => KvCache): { cache: KvCache; known: number } {
+    this.#cache ??= make();
+    const differs = prompt.findIndex((id, i) => id !== this.#ids[i]);
+    const known = Math.min(differs < 0 ? prompt.length : differs, prompt.length - 1);
+    this.#ids = this.#ids.slice(0, known);
+    // Virtual tokens go in with the first real one.
+    this.#cache.truncate(known === 0 ? 0 : virtual + known);
+    return { cache: this.#cache, known };
+  }
+
+  /** Notes which tokens the cache holds, as far as it holds them. */
+  settle(ids: readonly number[], virtual: number): void {
+    this.#ids = ids.slice(0, Math.max(0, (this.#cache?.length ?? 0) - virtual));
+  }
+
+  /** Forgets all tokens; the memory stays. */
+  clear(): void {
+    this.#ids = [];
+  }
+
+  /** Frees keys and values. */
+  dispose(): void {
+    this.#cache?.dispose();
+    this.#cache = undefined;
+    this.#ids = [];
   }
 }

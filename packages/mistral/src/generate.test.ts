@@ -2,7 +2,7 @@ import { InitWeights, Random, type Weights } from '@lorikeet/nn';
 import { type Device, keep, reshape, scope } from '@lorikeet/tensor';
 import { relativeError, testDevice } from '@lorikeet/testing';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { KvCache } from './cache.js';
+import { KvCache, PromptCache } from './cache.js';
 import { mistralConfig, type MistralOptions } from './config.js';
 import { type Generated, generate, type GenerateOptions } from './generate.js';
 import { Mistral } from './model.js';
@@ -389,5 +389,42 @@ describe('text', () => {
     // Special tokens are left out, and half a character at the end is shown as broken.
     expect((await run(['n'], { max_new_tokens: 1 })).text).toBe('');
     expect((await run(['l'], { max_new_tokens: 2 })).text).toBe(' m\ufffd');
+  });
+});
+
+describe('a cache that outlives the call', () => {
+  it('computes what is new alone, and gives what a fresh start gives', async () => {
+    const model = await tinyModel();
+    const config = settings({ max_new_tokens: 5, eos_token_id: [] });
+    const hidden = model.hidden.bind(model);
+    const passes: number[] = [];
+    model.hidden = (input, options) => {
+      passes.push(input.ids.shape[1]);
+      return hidden(input, options);
+    };
+    const promptCache = new PromptCache(40);
+    const first = promptOf(9, 4);
+    const [answer] = await generate(model, [first], { config, promptCache });
+    expect(answer.ids).toEqual(await withoutCache(model, first, 5));
+    const longer = [...first, ...answer.ids, ...promptOf(6, 5)];
+    const others = [longer, longer.slice(0, -2), [...first.slice(0, 4), ...promptOf(5, 6)], promptOf(7, 7)];
+    for (const [i, known] of [13, 17, 4, 0].entries()) {
+      passes.length = 0;
+      const [next] = await generate(model, [others[i]], { config, promptCache });
+      // The answer's last token was chosen, not read.
+      expect(passes[0]).toBe(others[i].length - known);
+      expect(next.ids).toEqual(await withoutCache(model, others[i], 5));
+    }
+    promptCache.dispose();
+  });
+
+  it('is refused for two prompts, and for one that does not fit', async () => {
+    const model = await tinyModel();
+    const config = settings({ max_new_tokens: 5 });
+    const promptCache = new PromptCache(10);
+    await expect(generate(model, [[1], [2]], { config, promptCache })).rejects.toThrow('2 prompts');
+    await expect(generate(model, [promptOf(6, 1)], { config, promptCache })).rejects.toThrow('may need 11 tokens');
+    expect(await generate(model, [promptOf(5, 1)], { config, promptCache })).toHaveLength(1);
+    promptCache.dispose();
   });
 });

@@ -18,7 +18,7 @@ import {
   scope,
   type Tensor,
 } from '@lorikeet/tensor';
-import { KvCache } from './cache.js';
+import { KvCache, type PromptCache } from './cache.js';
 import { decodeLogits } from './decode.js';
 import type { Mistral } from './model.js';
 import type { RandomSource } from './random-source.js';
@@ -52,6 +52,8 @@ export interface GenerateOptions {
   /** Called when prompt and answer may be longer than the model was made for. */
   readonly onWarning?: ((message: string) => void) | undefined;
   readonly signal?: AbortSignal | undefined;
+  /** For one prompt: what of it was in the prompt before, and its answer, does not go through the model again. */
+  readonly promptCache?: PromptCache | undefined;
 }
 
 /** What came after one prompt. */
@@ -151,7 +153,7 @@ export async function generate(
   prompts: readonly (readonly number[])[],
   options: GenerateOptions,
 ): Promise<Generated[]> {
-  const { config, signal, onToken } = options;
+  const { config, signal, onToken, promptCache } = options;
   signal?.throwIfAborted();
   checkInput(model, prompts, options);
   const rows = prompts.map((prompt, i) => new Row(prompt, randomOf(i, options), options));
@@ -169,11 +171,13 @@ export async function generate(
   let launched = 0;
   const pending: Pending[] = [];
   const virtual = model.model.virtual_tokens.count;
-  const cache = new KvCache(device, model.config, rows.length, virtual + capacity, model.dtype);
+  const room = promptCache?.capacity ?? capacity;
+  const make = (): KvCache => new KvCache(device, model.config, rows.length, virtual + room, model.dtype);
+  const { cache, known } = promptCache?.open(prompts[0], virtual, make) ?? { cache: make(), known: 0 };
 
   const launch = (): void => {
     state ??= new BatchState(device, model.vocabSize, config, batch, capacity);
-    const ids = state.next(model, cache, launched === 0 ? promptIds(batch) : undefined, launched);
+    const ids = state.next(model, cache, launched === 0 ? promptIds(batch).slice(known) : undefined, launched);
     // Whoever waits for the ids hears of an error; when nobody does any more, nobody must.
     ids.catch(() => {});
     pending.push({ batch, ids });
@@ -209,7 +213,8 @@ export async function generate(
     }
   } finally {
     state?.dispose();
-    cache.dispose();
+    if (promptCache === undefined) cache.dispose();
+    else promptCache.settle(rows[0].ids, virtual);
   }
 }
 
@@ -366,6 +371,16 @@ function checkInput(model: Mistral, prompts: readonly (readonly number[])[], opt
   }
   if (config.stop_strings.length > 0 && tokenizer === undefined) {
     throw new LorikeetError('generate: stop_strings are set, but there is no tokenizer to see the text with; pass one');
+  }
+  const { promptCache } = options;
+  if (promptCache !== undefined) {
+    const [prompt] = prompts;
+    const tokens = prompt === undefined ? 0 : prompt.length + newTokenLimit(config, prompt.length);
+    if (prompts.length !== 1 || tokens > promptCache.capacity) {
+      throw new LorikeetError(
+        `generate: a promptCache of ${promptCache.capacity} tokens is for one prompt that fits with its answer; there are ${prompts.length} prompts, and the first may need ${tokens} tokens`,
+      );
+    }
   }
   if (config.do_sample && prompts.length > 1 && random !== undefined && typeof random !== 'function') {
     throw new LorikeetError(

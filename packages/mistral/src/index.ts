@@ -43,7 +43,7 @@ export {
 export { ChatTemplateError, jinjaLimits } from './jinja.js';
 export type { JsonObject } from './json-values.js';
 export * from './config.js';
-export { KvCache, LayerCache } from './cache.js';
+export { KvCache, LayerCache, PromptCache } from './cache.js';
 export { type LoadOptions, loadMistral } from './load.js';
 export { isQuantized, type Quantization, quantizationProblem } from './quantization.js';
 export { type RewriteOptions, rewriteMistral, type WeightChange } from './rewrite.js';
