@@ -93,3 +93,14 @@ export function fileError(error: unknown, path: string, doing: string): CliError
   const reason = code === undefined ? errorMessage(error) : (systemReasons[code] ?? errorMessage(error));
   return new CliError(`${doing}: ${reason}`, { where: path, cause: error });
 }
+
+/** What helps against lost devices. */
+export const lostDeviceFix =
+  'If that happens again and again: update the graphics driver; where the system ends kernels that take too long (2 s on Windows), set max_gflop_per_dispatch in the run file.';
+
+/** A lost device with what can be done; anything else as it is. */
+export function explained(error: unknown): unknown {
+  // By its name: most commands load the library later, or not at all.
+  if (!(error instanceof Error) || error.name !== 'DeviceLostError') return error;
+  return new CliError(error.message, { fix: `Run the command again. ${lostDeviceFix}`, cause: error });
+}

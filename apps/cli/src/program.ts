@@ -6,7 +6,7 @@ import { Command, CommanderError } from 'commander';
 import pc from 'picocolors';
 import { z } from 'zod';
 import type { CommandContext, Runner } from './context.js';
-import { CliError, EXIT, InterruptedError, ReportedError } from './errors.js';
+import { CliError, EXIT, explained, InterruptedError, ReportedError } from './errors.js';
 import { type SignalSource, watchInterrupt } from './interrupt.js';
 import { addAdapterCommands } from './program/adapter.js';
 import { addFileCommands } from './program/files.js';
@@ -47,7 +47,7 @@ export async function runCli(args: readonly string[], options: RunOptions = {}):
       await action({ ui, io, signal: watch.signal });
     } catch (error) {
       // What an aborted operation throws says less than why it was aborted.
-      throw watch.signal.aborted && !(error instanceof CliError) ? watch.signal.reason : error;
+      throw watch.signal.aborted && !(error instanceof CliError) ? watch.signal.reason : explained(error);
     } finally {
       watch.stop();
     }

@@ -4,7 +4,7 @@ import { setTimeout as pause } from 'node:timers/promises';
 import { type Device, DeviceLostError, OutOfMemoryError } from '@lorikeet/tensor';
 import { type CheckpointFolder, findCheckpoint } from '../checkpoint.js';
 import type { CommandContext } from '../context.js';
-import { CliError, errorMessage } from '../errors.js';
+import { CliError, errorMessage, lostDeviceFix } from '../errors.js';
 import { machineOf, tryPlan } from '../plan.js';
 import { suggestionsFor } from '../plan-fit.js';
 import { fitText, partsInWords, planBesideCount } from '../plan-report.js';
@@ -104,7 +104,7 @@ export async function trainThroughLosses(context: CommandContext, run: PreparedR
         });
       if (inARow >= hopelessLosses) {
         throw new CliError(`${message}: for the ${inARow}th time, and no checkpoint was reached in between`, {
-          fix: `Update the graphics driver. If a kernel takes too long for the system (2 s on Windows), set max_gflop_per_dispatch.${goOn(from)}`,
+          fix: `${lostDeviceFix}${goOn(from)}`,
           cause: error,
         });
       }
