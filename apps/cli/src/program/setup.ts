@@ -1,9 +1,10 @@
 /** The commands to begin with. */
-import type { Command } from 'commander';
+import { Argument, type Command } from 'commander';
+import type { Shell } from '../completion/index.js';
 import type { Runner } from '../context.js';
 import { addCommand } from './shared.js';
 
-/** Adds `init` and `config`. */
+/** Adds `init`, `config` and `completion`. */
 export function addSetupCommands(program: Command, run: Runner): void {
   addCommand(
     program,
@@ -48,4 +49,23 @@ lorikeet init --model ./model --data train.jsonl`,
       printSchema(context);
     });
   });
+
+  addCommand(
+    program,
+    'completion',
+    'Prints a script with which a shell completes commands, flags, and keys of run files.',
+    `eval "$(lorikeet completion bash)"                       in ~/.bashrc
+eval "$(lorikeet completion zsh)"                        in ~/.zshrc, behind compinit
+lorikeet completion fish > ~/.config/fish/completions/lorikeet.fish
+lorikeet completion powershell | Out-String | Invoke-Expression`,
+  )
+    .addArgument(new Argument('<shell>', 'which shell').choices(['bash', 'zsh', 'fish', 'powershell']))
+    .action(async (shell: Shell, _options: unknown, command: Command) => {
+      await run(command, async ({ ui, io }) => {
+        const { completionScript } = await import('../completion/index.js');
+        const script = completionScript(shell, program);
+        if (ui.json) ui.data({ shell, script });
+        else io.stdout.write(script);
+      });
+    });
 }
