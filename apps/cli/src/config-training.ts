@@ -2,6 +2,8 @@
 import {
   type BestMetric,
   bestMetrics,
+  type PackingStrategy,
+  packingStrategies,
   schedulerKwargsProblems,
   type SchedulerType,
   schedulerTypes,
@@ -29,6 +31,10 @@ export interface TrainingKeys {
   neftune_noise_alpha: number | null;
   /** Rows of like length come together. */
   group_by_length: boolean;
+  /** Several training rows share a sequence of up to `max_length` tokens, each for itself. */
+  packing: boolean;
+  /** How rows are put together. */
+  packing_strategy: PackingStrategy;
 
   eval_strategy: Strategy;
   /** Steps between evaluations, a share of all steps when below 1; null means `logging_steps`. */
@@ -72,6 +78,11 @@ export const trainingShape: { readonly [Key in keyof TrainingKeys]: z.ZodType<Tr
   label_smoothing_factor: z.number().min(0).max(1).default(0).describe('a number from 0 to 1'),
   neftune_noise_alpha: z.number().positive().nullable().default(null).describe('a number above 0, such as 5'),
   group_by_length: z.boolean().default(false).describe('true or false'),
+  packing: z.boolean().default(false).describe('true or false'),
+  packing_strategy: z
+    .enum(packingStrategies)
+    .default('bfd')
+    .describe(`${packingStrategies.join(', ')}, which cuts no row`),
 
   eval_strategy: z.enum(['no', 'steps', 'epoch']).default('no').describe('no, steps or epoch'),
   eval_steps: stepsOrShare().nullable().default(null).describe('a whole number, or a share of all steps below 1'),

@@ -7,7 +7,17 @@ import { readFile } from 'node:fs/promises';
 import { nearestNames } from '@lorikeet/tensor';
 import { type Document, isNode, LineCounter, parseDocument, stringify } from 'yaml';
 import { type AdapterSection, isAdapterSection } from './config-adapter.js';
-import { active, aliases, elsewhere, later, laterValues, noops, sectionAliases, suggestions } from './config-names.js';
+import {
+  active,
+  aliases,
+  dtypeSpellings,
+  elsewhere,
+  later,
+  laterValues,
+  noops,
+  sectionAliases,
+  suggestions,
+} from './config-names.js';
 import { type Config, configSchema, isSection, keyNames, keyType } from './config-schema.js';
 import { trainingCheck } from './config-training.js';
 import { isMap } from './config-types.js';
@@ -327,7 +337,7 @@ export function resolveConfig(sources: ConfigSources): ResolvedConfig {
 function normalise(name: string, value: unknown): unknown {
   if (name === 'dtype' && typeof value === 'string') {
     const plain = value.replace(/^torch\./, '');
-    return { float: 'float32', fp32: 'float32', half: 'float16', fp16: 'float16' }[plain] ?? plain;
+    return Object.hasOwn(dtypeSpellings, plain) ? dtypeSpellings[plain] : plain;
   }
   if (name === 'report_to') {
     if (value === 'none' || (Array.isArray(value) && value.length === 1 && value[0] === 'none')) return [];
@@ -451,7 +461,7 @@ function loraCheck({ lora, load_in_4bit }: Config, complain: (name: string, text
 
 /** Settings of prompts and prefixes that belong together. */
 function virtualTokensCheck(
-  { prompt_tuning: prompt, prefix_tuning: prefix }: Config,
+  { prompt_tuning: prompt, prefix_tuning: prefix, packing }: Config,
   complain: (name: string, text: string) => void,
 ): void {
   if (prompt !== undefined && (prompt.prompt_tuning_init === 'TEXT') !== (prompt.prompt_tuning_init_text !== null)) {
@@ -460,6 +470,12 @@ function virtualTokensCheck(
   }
   if (prefix?.prefix_projection === false && prefix.encoder_hidden_size !== null) {
     complain('prefix_tuning.encoder_hidden_size', 'encoder_hidden_size needs prefix_projection: true');
+  }
+  if (packing && (prompt !== undefined || prefix !== undefined)) {
+    complain(
+      'packing',
+      'packing is for adapters of the layers: virtual tokens stand before one row, and a packed sequence has several; leave packing out',
+    );
   }
 }
 

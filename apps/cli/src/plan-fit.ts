@@ -158,5 +158,5 @@ export async function suggestionsFor(
 
 function longerRows({ rows }: PlanSettings, { max_length }: Changes): Pick<Suggestion, 'longerRows'> {
   if (rows === undefined || typeof max_length !== 'number') return {};
-  return { longerRows: Array.from(rows.train.lengths).filter((length) => length > max_length).length };
+  return { longerRows: Array.from(rows.packed ?? rows.train.lengths).filter((length) => length > max_length).length };
 }

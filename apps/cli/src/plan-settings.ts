@@ -115,15 +115,22 @@ export async function planSettings(
     steps: plannedSteps(config, data) ?? 0,
     loraplus_lr_ratio: config.loraplus_lr_ratio,
     neftune_noise_alpha: config.neftune_noise_alpha,
+    packing: config.packing,
     per_device_eval_batch_size: heldOut ? config.per_device_eval_batch_size : 0,
     ...(data === undefined
       ? {}
-      : { rows: { train: rowSizes(data.train.examples), validation: rowSizes(data.validation?.examples ?? []) } }),
+      : {
+          rows: {
+            train: rowSizes(data.sequences),
+            validation: rowSizes(data.validation?.examples ?? []),
+            ...(config.packing ? { packed: data.train.examples.map(({ ids }) => ids.length) } : {}),
+          },
+        }),
   };
 }
 
 /** Optimizer steps of the run, if they follow from what is known. */
 export function plannedSteps(config: Config, data: RunData | undefined): number | undefined {
-  if (data !== undefined) return trainingArguments(config, data.train.examples.length).total;
+  if (data !== undefined) return trainingArguments(config, data.sequences.length).total;
   return config.max_steps > 0 ? config.max_steps : undefined;
 }

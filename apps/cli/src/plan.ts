@@ -13,7 +13,15 @@ import {
   type PlanOptions,
   type Stats,
 } from '@lorikeet/tensor';
-import { type Batch, collate, evaluateLoss, ignoreIndex, Stepper, type TokenizedExample } from '@lorikeet/trainer';
+import {
+  type Batch,
+  collate,
+  evaluateLoss,
+  ignoreIndex,
+  joinExamples,
+  Stepper,
+  type TokenizedExample,
+} from '@lorikeet/trainer';
 
 /** What memory depends on in the rows of a data set: both lists fall. */
 export interface RowSizes {
@@ -41,10 +49,20 @@ export interface PlanSettings {
   readonly steps: number;
   readonly loraplus_lr_ratio?: number | null;
   readonly neftune_noise_alpha?: number | null;
+  /** Training takes sequences of several rows. */
+  readonly packing?: boolean;
   /** Rows of an evaluation's batch; 0 where nothing is held out. */
   readonly per_device_eval_batch_size: number;
   /** The rows of the data; where they are not known, all have `max_length` tokens and all of them are trained. */
-  readonly rows?: { readonly train: RowSizes; readonly validation: RowSizes } | undefined;
+  readonly rows?:
+    | {
+        /** With `packing` those of the sequences. */
+        readonly train: RowSizes;
+        readonly validation: RowSizes;
+        /** Tokens of each training row, where sequences hold several. */
+        readonly packed?: ArrayLike<number>;
+      }
+    | undefined;
 }
 
 /** What one optimizer step does. */
@@ -124,7 +142,8 @@ function largestRows(rows: number, settings: PlanSettings, sizes: RowSizes | und
 
 /** The largest batch that training meets. */
 export function largestBatch(settings: PlanSettings): Batch {
-  return collate(largestRows(settings.per_device_train_batch_size, settings, settings.rows?.train));
+  const rows = largestRows(settings.per_device_train_batch_size, settings, settings.rows?.train);
+  return collate(settings.packing === true ? rows.map((row) => joinExamples([row])) : rows);
 }
 
 /** What changed in a device's counters. */

@@ -1,9 +1,12 @@
 /** From a run file to tokenised examples: rows, their split, the template, the special tokens. Needs no device. */
 import type { AddedToken, Tokenizer } from '@lorikeet/mistral';
 import {
+  packExamples,
   type PromptTemplate,
   resolveTemplate,
   type TokenizedDataset,
+  type TokenizedExample,
+  type TokenizeReport,
   type TokenizeOptions,
   tokenizeExamples,
   trainTestSplit,
@@ -14,7 +17,7 @@ import { type PlacedRow, readDataRows } from './data-files.js';
 import { UsageError } from './errors.js';
 import { resolveDataset } from './hub.js';
 import { type HubFlags, hubOptions } from './session.js';
-import { formatBytes } from './text.js';
+import { formatBytes, formatCount } from './text.js';
 
 /** The rows of a run. */
 export interface RunRows {
@@ -124,6 +127,8 @@ export interface RunData {
   /** How rows become tokens; for previews. */
   readonly options: TokenizeOptions;
   readonly train: TokenizedDataset;
+  /** What training takes one by one: the training rows, or with `packing` sequences of several of them. */
+  readonly sequences: readonly TokenizedExample[];
   /** Absent when nothing is held out. */
   readonly validation: TokenizedDataset | undefined;
 }
@@ -169,6 +174,28 @@ export function tokenizeRows(
   }
 }
 
+/** What packing makes of training rows. */
+export interface PackedRows {
+  readonly rows: number;
+  readonly sequences: number;
+  /** Share of the room in the sequences that tokens take. */
+  readonly fill: number;
+}
+
+/** How well rows of so many `tokens` in all fill `sequences` of at most `maxLength`. */
+export function packedRows(
+  { kept, tokens }: Pick<TokenizeReport, 'kept' | 'tokens'>,
+  sequences: number,
+  maxLength: number,
+): PackedRows {
+  return { rows: kept, sequences, fill: tokens / (sequences * maxLength) };
+}
+
+/** `1,000 rows in 97 sequences, 98.7 % of their room taken`. */
+export function packingText({ rows, sequences, fill }: PackedRows): string {
+  return `${formatCount(rows)} rows in ${formatCount(sequences)} sequences, ${(100 * fill).toFixed(1)} % of their room taken`;
+}
+
 /**
  * Reads, splits and tokenises the data of a run.
  * @throws DataError with every row that cannot be trained on
@@ -184,5 +211,6 @@ export async function loadRunData(
   const train = tokenizeRows(context, rows.train, options, 'training rows');
   const validation =
     rows.validation.length === 0 ? undefined : tokenizeRows(context, rows.validation, options, 'validation rows');
-  return { rows, template: options.template, tokenizer, added, options, train, validation };
+  const sequences = config.packing ? packExamples(train.examples, config.max_length) : train.examples;
+  return { rows, template: options.template, tokenizer, added, options, train, sequences, validation };
 }

@@ -1,4 +1,5 @@
 /** Training on packed sequences is training on their rows: the loss, every gradient, every kind of base, and whole runs. */
+import { cp, mkdir, readFile } from 'node:fs/promises';
 import { Mistral, type MistralConfig, mistralConfig } from '@lorikeet/mistral';
 import { type Init, InitWeights, initialValues, type Weights } from '@lorikeet/nn';
 import { injectAdapter, loraConfig, promptTuningConfig } from '@lorikeet/peft';
@@ -14,9 +15,24 @@ import {
   type TokenizedExample,
 } from '@lorikeet/trainer';
 import fc from 'fast-check';
-import { describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { z } from 'zod';
+import { type ResumableRun, resumableRun } from './resumable-run.js';
+import { cli, type CliRun } from './tiny-model.js';
 
 const device = await testDevice();
+const start = z.object({
+  event: z.literal('start'),
+  train_rows: z.number(),
+  train_sequences: z.number(),
+  plan: z.object({ peak_bytes: z.number() }),
+});
+const done = z.object({ event: z.literal('done'), peak_memory_bytes: z.number() });
+const step = z.object({ num_tokens: z.number() });
+const previewed = z.object({
+  training: z.object({ tokens: z.number() }),
+  packing: z.object({ rows: z.number(), sequences: z.number(), fill: z.number() }),
+});
 const vocab = 40;
 const config: MistralConfig = mistralConfig({
   vocab_size: vocab,
@@ -43,15 +59,15 @@ class FourBitWeights implements Weights {
   }
 }
 
-type Base = 'f32' | 'f16' | 'nf4';
+type Base = 'f32' | 'nf4';
 
 /** A model under LoRA that does something, and a stepper that trains it. */
 async function trained(
   base: Base,
   options: { readonly window?: number | null; readonly checkpointing?: boolean } = {},
 ): Promise<{ readonly model: Mistral; readonly stepper: Stepper }> {
-  const weights = base === 'nf4' ? new FourBitWeights() : new InitWeights(device, { seed: 1, dtype: base });
-  const dtype = base === 'nf4' ? 'f16' : base;
+  const weights = base === 'nf4' ? new FourBitWeights() : new InitWeights(device, { seed: 1 });
+  const dtype = base === 'nf4' ? 'f16' : 'f32';
   const model = await Mistral.create({ ...config, sliding_window: options.window ?? null }, weights, { dtype });
   const adapter = injectAdapter(model, loraConfig({ r: 4, target_modules: 'all-linear' }));
   for (const [name, p] of adapter.parameters()) {
@@ -123,8 +139,8 @@ describe('packing equals separate rows', () => {
     model.dispose();
   });
 
-  it.each(['f16', 'nf4'] as const)('over a base in %s', async (base) => {
-    const { model, stepper } = await trained(base, { window: 9, checkpointing: true });
+  it('over a base in 4 bits, with activations in f16', async () => {
+    const { model, stepper } = await trained('nf4', { window: 9, checkpointing: true });
     const rows = rowsOf([20, 31, 7, 12, 40], 5);
     const alone = await gradients(
       stepper,
@@ -158,4 +174,62 @@ it('virtual tokens, which stand before one document, refuse packed rows', async 
     );
   });
   model.dispose();
+});
+
+describe('a run with packing', () => {
+  let run: ResumableRun;
+  beforeAll(async () => {
+    run = await resumableRun();
+  });
+  afterAll(() => run.remove());
+  const train = (out: string, ...more: string[]): Promise<CliRun> =>
+    cli(run.train(out, 'packing=true', 'max_length=64', 'max_steps=6', ...more));
+
+  it('counts sequences, tokens and bytes as they are, and goes on to the same bits', async () => {
+    const whole = await train('whole', 'logging_steps=1', '--json');
+    expect(whole.err).not.toContain('error');
+    expect(whole.code).toBe(0);
+    const events = whole.out
+      .trim()
+      .split('\n')
+      .map((line): unknown => JSON.parse(line));
+    const [first] = events.flatMap((event) => start.safeParse(event).data ?? []);
+    const [last] = events.flatMap((event) => done.safeParse(event).data ?? []);
+    expect(first.train_rows).toBe(30);
+    expect(first.train_sequences).toBeLessThanOrEqual(15);
+    expect(last.peak_memory_bytes).toBeLessThanOrEqual(first.plan.peak_bytes);
+    // An epoch has every token of every row, once.
+    const preview = await cli(['data', 'preview', '-c', run.at('run.yaml'), 'packing=true', 'max_length=64', '--json']);
+    const { training, packing } = previewed.parse(JSON.parse(preview.out));
+    expect(packing).toEqual({
+      rows: 30,
+      sequences: first.train_sequences,
+      fill: training.tokens / (64 * first.train_sequences),
+    });
+    const log = (await readFile(run.at('whole', 'train_log.jsonl'), 'utf8')).trim().split('\n');
+    const tokens = log.flatMap((line) => step.safeParse(JSON.parse(line)).data?.num_tokens ?? []);
+    expect(tokens[Math.ceil(first.train_sequences / 8) - 1]).toBe(training.tokens);
+
+    await mkdir(run.at('on'));
+    await cp(run.at('whole', 'checkpoint-3'), run.at('on', 'checkpoint-3'), { recursive: true });
+    const refused = await train('on', '--resume', 'packing=false');
+    expect(refused.code).toBe(1);
+    expect(refused.err).toContain('packing is false but was true');
+    expect((await train('on', '--resume', 'logging_steps=1')).code).toBe(0);
+    expect(await run.result('on')).toEqual(await run.result('whole'));
+  });
+
+  it('says in words what became of the rows', async () => {
+    const preview = await cli(['data', 'preview', '-c', run.at('run.yaml'), 'packing=true', 'max_length=64']);
+    expect(preview.out).toMatch(/packing: 30 rows in \d+ sequences, \d+\.\d % of their room taken/);
+  });
+
+  it('refuses virtual tokens, and rows that are longer than a sequence', async () => {
+    const virtual = await cli(run.train('virtual', 'packing=true', 'lora=', 'prompt_tuning={num_virtual_tokens: 4}'));
+    expect(virtual.code).toBe(2);
+    expect(virtual.err).toContain('packing is for adapters of the layers');
+    const long = await train('long', 'max_length=12');
+    expect(long.code).toBe(1);
+    expect(long.err).toContain('but max_length is 12');
+  });
 });

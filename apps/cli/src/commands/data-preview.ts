@@ -1,6 +1,7 @@
 /** `lorikeet data preview`: rows as the model will see them, and whether every row of a run can be trained on. */
 import {
   DataError,
+  packLengths,
   previewRow,
   rowName,
   type RowPreview,
@@ -8,8 +9,8 @@ import {
   shownProblems,
   type Terminator,
   terminatorOf,
+  type TokenizedDataset,
   type TokenizeOptions,
-  type TokenizeReport,
 } from '@lorikeet/trainer';
 import { loadConfig } from '../config.js';
 import type { CommandContext } from '../context.js';
@@ -17,7 +18,7 @@ import type { PlacedRow } from '../data-files.js';
 import { ReportedError, UsageError } from '../errors.js';
 import { resolveTokenizer } from '../hub.js';
 import { previewLegend, renderPreview, trainsItsEnd } from '../mask-preview.js';
-import { loadRows, tokenizeOptions, tokenizeRows } from '../run-data.js';
+import { loadRows, type PackedRows, packedRows, packingText, tokenizeOptions, tokenizeRows } from '../run-data.js';
 import { hubOptions, readTokenizer, requireTokenizer } from '../session.js';
 import { formatCount, printable, quoted } from '../text.js';
 
@@ -55,6 +56,8 @@ export interface DataPreviewReport {
   readonly new_tokens: readonly { readonly token: string; readonly id: number }[];
   readonly validation_source: 'file' | 'dataset' | 'split' | 'none';
   readonly training: PartReport;
+  /** What `packing` makes of the training rows, where the run asks for it. */
+  readonly packing: PackedRows | null;
   readonly validation: PartReport | null;
   readonly warnings: readonly string[];
   /** Every row that cannot be used. */
@@ -69,18 +72,24 @@ function examine(
   rows: readonly PlacedRow[],
   options: TokenizeOptions,
   what: string,
-): { readonly part: PartReport; readonly warnings: readonly string[]; readonly problems: readonly RowProblem[] } {
+): {
+  readonly part: PartReport;
+  readonly dataset: TokenizedDataset | undefined;
+  readonly warnings: readonly string[];
+  readonly problems: readonly RowProblem[];
+} {
   let problems: readonly RowProblem[] = [];
-  let report: TokenizeReport | undefined;
+  let dataset: TokenizedDataset | undefined;
   try {
-    ({ report } = tokenizeRows(context, rows, options, what));
+    dataset = tokenizeRows(context, rows, options, what);
   } catch (error) {
     if (!(error instanceof DataError)) throw error;
     problems = error.problems;
     const bad = new Set(problems.map((problem) => problem.index));
     const good = rows.filter((_, index) => !bad.has(index));
-    if (good.length > 0) ({ report } = tokenizeRows(context, good, options, what));
+    if (good.length > 0) dataset = tokenizeRows(context, good, options, what);
   }
+  const report = dataset?.report;
   const part: PartReport = {
     rows: rows.length,
     kept: report?.kept ?? 0,
@@ -92,7 +101,7 @@ function examine(
     trained_tokens: report?.supervised ?? 0,
     longest: report?.longest ?? 0,
   };
-  return { part, warnings: report?.warnings ?? [], problems };
+  return { part, dataset, warnings: report?.warnings ?? [], problems };
 }
 
 /** Runs the command. No device is opened, and no weights are read. */
@@ -130,6 +139,7 @@ export async function runDataPreview(
     new_tokens: added.map(({ content, id }) => ({ token: content, id })),
     validation_source: rows.validationSource,
     training: training.part,
+    packing: config.packing && training.dataset !== undefined ? packed(training.dataset, config.max_length) : null,
     validation: validation?.part ?? null,
     warnings: [...training.warnings, ...(validation?.warnings ?? [])],
     problems: problems.map(({ where, message }) => ({ where, message })),
@@ -145,6 +155,11 @@ export async function runDataPreview(
   throw new ReportedError(bad === 1 ? 'a row cannot be trained on' : `${formatCount(bad)} rows cannot be trained on`, {
     fix: 'Mend or remove what is listed, or for rows that are too long raise max_length or set overlong.',
   });
+}
+
+function packed({ examples, report }: TokenizedDataset, maxLength: number): PackedRows {
+  const lengths = examples.map(({ ids }) => ids.length);
+  return packedRows(report, packLengths(lengths, maxLength).length, maxLength);
 }
 
 function show(context: CommandContext, report: DataPreviewReport): void {
@@ -189,6 +204,7 @@ function show(context: CommandContext, report: DataPreviewReport): void {
     table.push(line(`validation (${sources[report.validation_source]})`, report.validation));
   }
   ui.table(table, ['left', ...Array.from({ length: 8 }, () => 'right' as const)]);
+  if (report.packing !== null) ui.line(`packing: ${packingText(report.packing)}`);
   for (const { where, message } of report.problems.slice(0, shownProblems)) {
     ui.line(`${red(printable(where))}: ${printable(message, 400)}`);
   }
