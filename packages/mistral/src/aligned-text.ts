@@ -5,6 +5,8 @@
  * become characters). Each step here carries, for every UTF-16 unit of the rewritten text, the half-open range of the
  * original that it stands for, so that a token's place in the original is read off and never searched for.
  */
+import { FormatError } from '@lorikeet/tensor';
+import { patternMatches } from './token-pattern.js';
 
 /** A stretch of rewritten text; `starts[i]` and `ends[i]` are the original range (UTF-16 units) of its i-th unit. */
 export interface AlignedText {
@@ -48,6 +50,10 @@ export function sliceAligned(source: AlignedText, from: number, to: number): Ali
   };
 }
 
+// One character becomes 18 at most in Unicode's forms, and each of them 3 bytes; steps that double a text 60 times are a bomb.
+const mostGrowth = 200;
+const freeGrowth = 100_000;
+
 /**
  * Applies replacements, given in ascending order without overlap. Every unit of a replacement stands for the whole
  * range that it replaced; an insertion stands for the empty range before the unit that follows it.
@@ -56,6 +62,12 @@ export function applyEdits(source: AlignedText, edits: readonly Edit[]): Aligned
   if (edits.length === 0) return source;
   let length = source.text.length;
   for (const edit of edits) length += edit.content.length - (edit.to - edit.from);
+  const original = (source.ends.at(-1) ?? 0) - (source.starts[0] ?? 0);
+  if (length > mostGrowth * original + freeGrowth) {
+    throw new FormatError(
+      `tokenizer.json: its steps make ${length} characters of a text of ${original}; that is refused`,
+    );
+  }
   const starts = new Int32Array(length);
   const ends = new Int32Array(length);
   const parts: string[] = [];
@@ -92,7 +104,7 @@ export function applyEdits(source: AlignedText, edits: readonly Edit[]): Aligned
 /** Replaces every non-empty match of a global pattern. */
 export function replaceAligned(source: AlignedText, pattern: RegExp, content: string): AlignedText {
   const edits: Edit[] = [];
-  for (const match of source.text.matchAll(pattern)) {
+  for (const match of patternMatches(source.text, pattern)) {
     if (match[0].length > 0) edits.push({ from: match.index, to: match.index + match[0].length, content });
   }
   return applyEdits(source, edits);
@@ -110,7 +122,7 @@ export function splitAligned(
 ): AlignedText[] {
   const cuts: { from: number; to: number; match: boolean }[] = [];
   let position = 0;
-  for (const match of source.text.matchAll(pattern)) {
+  for (const match of patternMatches(source.text, pattern)) {
     if (match[0].length === 0) continue;
     if (match.index > position) cuts.push({ from: position, to: match.index, match: invert });
     position = match.index + match[0].length;

@@ -1,4 +1,5 @@
 /** Small readers of parsed JSON: every error names the file, the key and the value found. */
+import { escapeControls, FormatError } from '@lorikeet/tensor';
 
 /** A parsed JSON object of unknown content. */
 export type JsonObject = { readonly [key: string]: unknown };
@@ -13,31 +14,31 @@ export function show(value: unknown): string {
   if (value === undefined) return 'nothing';
   // JSON would turn NaN and the infinities into null.
   const text = typeof value === 'number' ? String(value) : (JSON.stringify(value) ?? typeof value);
-  return text.length > 60 ? `${text.slice(0, 57)}...` : text;
+  return escapeControls(text.length > 60 ? `${text.slice(0, 57)}...` : text);
 }
 
 /** The value as an object, or an error that names the place. */
 export function requireObject(value: unknown, place: string): JsonObject {
-  if (!isObject(value)) throw new TypeError(`${place} must be a JSON object, but is ${show(value)}.`);
+  if (!isObject(value)) throw new FormatError(`${place} must be a JSON object, but is ${show(value)}.`);
   return value;
 }
 
 /** The value as an array, or an error that names the place. */
 export function requireArray(value: unknown, place: string): readonly unknown[] {
-  if (!Array.isArray(value)) throw new TypeError(`${place} must be a JSON array, but is ${show(value)}.`);
+  if (!Array.isArray(value)) throw new FormatError(`${place} must be a JSON array, but is ${show(value)}.`);
   return value;
 }
 
 /** The value as a string, or an error that names the place. */
 export function requireString(value: unknown, place: string): string {
-  if (typeof value !== 'string') throw new TypeError(`${place} must be a string, but is ${show(value)}.`);
+  if (typeof value !== 'string') throw new FormatError(`${place} must be a string, but is ${show(value)}.`);
   return value;
 }
 
 /** The value as a token id (a whole number from 0), or an error that names the place. */
 export function requireId(value: unknown, place: string): number {
   if (typeof value !== 'number' || !Number.isInteger(value) || value < 0 || value > 0x7fffffff) {
-    throw new TypeError(`${place} must be a token id (a whole number, 0 or more), but is ${show(value)}.`);
+    throw new FormatError(`${place} must be a token id (a whole number, 0 or more), but is ${show(value)}.`);
   }
   return value;
 }
@@ -45,7 +46,7 @@ export function requireId(value: unknown, place: string): number {
 /** A boolean with a default for an absent or null value, or an error that names the place. */
 export function optionalBoolean(value: unknown, fallback: boolean, place: string): boolean {
   if (value === undefined || value === null) return fallback;
-  if (typeof value !== 'boolean') throw new TypeError(`${place} must be true or false, but is ${show(value)}.`);
+  if (typeof value !== 'boolean') throw new FormatError(`${place} must be true or false, but is ${show(value)}.`);
   return value;
 }
 
@@ -53,7 +54,7 @@ export function optionalBoolean(value: unknown, fallback: boolean, place: string
 export function optionalCount(value: unknown, fallback: number, place: string): number {
   if (value === undefined || value === null) return fallback;
   if (typeof value !== 'number' || !Number.isInteger(value) || value < 0) {
-    throw new TypeError(`${place} must be a whole number, 0 or more, but is ${show(value)}.`);
+    throw new FormatError(`${place} must be a whole number, 0 or more, but is ${show(value)}.`);
   }
   return value;
 }

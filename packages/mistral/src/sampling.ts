@@ -3,6 +3,7 @@
  * float32. Everything here is plain CPU code over the last position's logits; generation does the same on the device, by
  * `sample`, and these are the reference that it is held against.
  */
+import { LorikeetError } from '@lorikeet/tensor';
 import { show } from './json-values.js';
 import type { RandomSource } from './random-source.js';
 
@@ -57,7 +58,7 @@ export interface ResolvedGenerationConfig {
 }
 
 function fail(key: string, rule: string, value: unknown): never {
-  throw new RangeError(`Generation setting ${key} must be ${rule}, but is ${show(value)}.`);
+  throw new LorikeetError(`Generation setting ${key} must be ${rule}, but is ${show(value)}.`);
 }
 
 function number(key: string, value: unknown, rule: string, fits: (value: number) => boolean): number {
@@ -141,7 +142,7 @@ const neutral: { readonly [key: string]: readonly unknown[] } = {
  * @param file The parsed generation_config.json, if there is one.
  * @param options The call's options.
  * @returns The settings, and warnings about settings of the file that are not followed.
- * @throws RangeError for a value out of range, Error for an option that does not exist; each names the key.
+ * @throws LorikeetError for a value out of range and for an option that does not exist; each names the key.
  */
 export function resolveGenerationConfig(
   file: { readonly [key: string]: unknown } | undefined,
@@ -151,11 +152,11 @@ export function resolveGenerationConfig(
   const known: readonly string[] = settingNames;
   const unknown = Object.keys(call).filter((key) => !known.includes(key));
   if (unknown.length > 0) {
-    throw new Error(`Unknown generation setting ${unknown.join(', ')}. Settings: ${known.join(', ')}.`);
+    throw new LorikeetError(`Unknown generation setting ${unknown.join(', ')}. Settings: ${known.join(', ')}.`);
   }
   const warnings: string[] = [];
   for (const [key, value] of Object.entries(file ?? {})) {
-    const harmless = neutral[key];
+    const harmless = Object.hasOwn(neutral, key) ? neutral[key] : undefined;
     if (harmless !== undefined && value !== null && value !== undefined && !harmless.includes(value)) {
       warnings.push(`generation_config.json: ${key} is ${show(value)}, which is not supported and not followed.`);
     }
@@ -182,7 +183,7 @@ export function resolveGenerationConfig(
     seed: get('seed', fromZero) ?? 0,
   };
   if (config.max_new_tokens !== undefined && config.min_new_tokens > config.max_new_tokens) {
-    throw new RangeError(
+    throw new LorikeetError(
       `Generation setting min_new_tokens (${config.min_new_tokens}) is more than max_new_tokens (${config.max_new_tokens}).`,
     );
   }
@@ -191,13 +192,13 @@ export function resolveGenerationConfig(
 
 /**
  * How many new tokens a prompt may get: `max_new_tokens`, else what `max_length` leaves, else 20.
- * @throws RangeError when `max_length` leaves nothing.
+ * @throws LorikeetError when `max_length` leaves nothing.
  */
 export function newTokenLimit(config: ResolvedGenerationConfig, promptLength: number): number {
   if (config.max_new_tokens !== undefined) return config.max_new_tokens;
   if (config.max_length === undefined) return 20;
   if (config.max_length <= promptLength) {
-    throw new RangeError(
+    throw new LorikeetError(
       `The prompt has ${promptLength} tokens and max_length is ${config.max_length}, so nothing could be generated; ` +
         'raise max_length or set max_new_tokens.',
     );
@@ -481,7 +482,7 @@ export class StopStrings {
 
   /** @param strings The stop strings; with none the text passes through. */
   constructor(strings: readonly string[]) {
-    if (strings.includes('')) throw new RangeError('A stop string must not be empty.');
+    if (strings.includes('')) throw new LorikeetError('A stop string must not be empty.');
     this.#strings = strings;
   }
 

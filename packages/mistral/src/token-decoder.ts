@@ -2,6 +2,7 @@
  * The decoder of a tokenizer.json as a chain of stages that take one token at a time. Decoding a whole row and
  * streaming are the same code, so a stream's parts always join to the text that `decode` gives.
  */
+import { FormatError } from '@lorikeet/tensor';
 import { charsToBytes } from './byte-chars.js';
 import { escapeRegExp, optionalCount, requireArray, requireObject, requireString, show } from './json-values.js';
 
@@ -118,7 +119,7 @@ function compileStages(value: unknown, place: string, fused: { value: boolean })
       const from = requireString(pattern.String, `${place}.pattern.String`);
       const content = requireString(config.content, `${place}.content`);
       if (fused.value && from.length !== 1) {
-        throw new Error(`${place}: a Replace of several characters after Fuse is not supported.`);
+        throw new FormatError(`${place}: a Replace of several characters after Fuse is not supported.`);
       }
       const regex = new RegExp(escapeRegExp(from), 'gu');
       return [() => ({ push: (token) => [token.replace(regex, () => content)], end: nothing })];
@@ -157,7 +158,7 @@ function compileStages(value: unknown, place: string, fused: { value: boolean })
       ];
     }
     default:
-      throw new Error(
+      throw new FormatError(
         `${place}: type ${show(config.type)} is not supported. Supported: Sequence, Replace, ByteFallback, ByteLevel, ` +
           'Fuse, Strip, Metaspace (those of the Mistral tokenizers).',
       );
@@ -179,7 +180,7 @@ function joinWithSpaces(): DecoderStage {
 /**
  * Reads the `decoder` of a tokenizer.json.
  * @returns A function that starts a decoding: a single stage that does the whole chain.
- * @throws Error naming a decoder type that no Mistral tokenizer has.
+ * @throws FormatError naming a decoder type that no Mistral tokenizer has.
  */
 export function compileDecoder(value: unknown): () => DecoderStage {
   if (value === undefined || value === null) return joinWithSpaces;

@@ -3,6 +3,7 @@
  * place in the original. The merging itself and the translation of Oniguruma patterns are @huggingface/tokenizers'.
  */
 import { BPE, SplitPreTokenizer } from '@huggingface/tokenizers';
+import { escapeControls, FormatError, LorikeetError } from '@lorikeet/tensor';
 import {
   type AlignedText,
   applyEdits,
@@ -21,6 +22,7 @@ import {
   requireString,
   show,
 } from './json-values.js';
+import { checkTokenPattern, longestPattern } from './token-pattern.js';
 
 /** Rewrites a text. */
 export type Normalizer = (text: AlignedText) => AlignedText;
@@ -31,20 +33,27 @@ export type PieceEncoder = (piece: AlignedText, ids: number[], offsets: [number,
 
 const identity: Normalizer = (text) => text;
 
+function compileRegex(Regex: string, place: string): RegExp {
+  if (Regex.length > longestPattern) {
+    throw new FormatError(`${place}: a pattern of ${Regex.length} characters is too long (at most ${longestPattern})`);
+  }
+  let compiled: RegExp | null = null;
+  let problem = '';
+  try {
+    compiled = new SplitPreTokenizer({ type: 'Split', pattern: { Regex }, behavior: 'Isolated', invert: true }).pattern;
+  } catch (error) {
+    problem = `: ${escapeControls(error instanceof Error ? error.message : String(error))}`;
+  }
+  if (compiled === null) throw new FormatError(`${place}: the pattern ${show(Regex)} cannot be read${problem}`);
+  checkTokenPattern(compiled, Regex, place);
+  return new RegExp(compiled.source, `${compiled.flags.replace('y', '')}y`);
+}
+
 function compilePattern(value: unknown, place: string): RegExp {
   const pattern = requireObject(value, place);
   if (typeof pattern.String === 'string') return new RegExp(escapeRegExp(pattern.String), 'gu');
-  if (typeof pattern.Regex === 'string') {
-    const splitter = new SplitPreTokenizer({
-      type: 'Split',
-      pattern: { Regex: pattern.Regex },
-      behavior: 'Isolated',
-      invert: true,
-    });
-    const compiled: RegExp | null = splitter.pattern;
-    if (compiled !== null) return compiled;
-  }
-  throw new TypeError(`${place} must be {"String": ...} or {"Regex": ...}, but is ${show(value)}.`);
+  if (typeof pattern.Regex === 'string') return compileRegex(pattern.Regex, place);
+  throw new FormatError(`${place} must be {"String": ...} or {"Regex": ...}, but is ${show(value)}.`);
 }
 
 /**
@@ -61,7 +70,7 @@ function normalizeForm(source: AlignedText, form: 'NFC' | 'NFD' | 'NFKC' | 'NFKD
     (group) => group.normalize(form),
   );
   if (result.text !== whole) {
-    throw new Error(
+    throw new LorikeetError(
       `tokenizer.json: the ${form} form of this text could not be aligned with the text, so the places of its tokens ` +
         `are unknown. Text: ${show(source.text)}`,
     );
@@ -112,14 +121,17 @@ export function compileNormalizer(value: unknown, place = 'tokenizer.json: norma
       const left = optionalBoolean(config.strip_left, true, `${place}.strip_left`);
       const right = optionalBoolean(config.strip_right, true, `${place}.strip_right`);
       return (text) => {
-        const from = left ? (/^\p{White_Space}+/u.exec(text.text)?.[0].length ?? 0) : 0;
-        const trailing = right ? (/\p{White_Space}+$/u.exec(text.text.slice(from))?.[0].length ?? 0) : 0;
+        const isSpace = (at: number): boolean => /^\p{White_Space}$/u.test(text.text.charAt(at));
+        let from = 0;
+        let to = text.text.length;
+        while (left && from < to && isSpace(from)) from++;
+        while (right && to > from && isSpace(to - 1)) to--;
         // The stripped text still begins where the original begins.
-        return { ...sliceAligned(text, from, text.text.length - trailing), atStart: text.atStart };
+        return { ...sliceAligned(text, from, to), atStart: text.atStart };
       };
     }
     default:
-      throw new Error(
+      throw new FormatError(
         `${place}: type ${show(config.type)} is not supported. Supported: Sequence, Prepend, Replace, NFC, NFD, NFKC, ` +
           'NFKD, Lowercase, Strip (those of the Mistral tokenizers).',
       );
@@ -140,7 +152,8 @@ const behaviors: readonly SplitBehavior[] = [
 function readBehavior(value: unknown, fallback: SplitBehavior | undefined, place: string): SplitBehavior {
   if (value === undefined && fallback !== undefined) return fallback;
   const found = behaviors.find((behavior) => behavior === value);
-  if (found === undefined) throw new Error(`${place} must be one of ${behaviors.join(', ')}, but is ${show(value)}.`);
+  if (found === undefined)
+    throw new FormatError(`${place} must be one of ${behaviors.join(', ')}, but is ${show(value)}.`);
   return found;
 }
 
@@ -170,7 +183,7 @@ export function compilePreTokenizer(value: unknown, place = 'tokenizer.json: pre
       const replacement = requireString(config.replacement ?? '\u2581', `${place}.replacement`);
       const scheme = config.prepend_scheme ?? (config.add_prefix_space === false ? 'never' : 'always');
       if (scheme !== 'always' && scheme !== 'first' && scheme !== 'never') {
-        throw new Error(`${place}.prepend_scheme must be always, first or never, but is ${show(scheme)}.`);
+        throw new FormatError(`${place}.prepend_scheme must be always, first or never, but is ${show(scheme)}.`);
       }
       const split = optionalBoolean(config.split, true, `${place}.split`);
       const pattern = new RegExp(escapeRegExp(replacement), 'gu');
@@ -209,7 +222,7 @@ export function compilePreTokenizer(value: unknown, place = 'tokenizer.json: pre
     case 'WhitespaceSplit':
       return (piece) => splitAligned(piece, /\p{White_Space}/gu, 'Removed', false);
     default:
-      throw new Error(
+      throw new FormatError(
         `${place}: type ${show(config.type)} is not supported. Supported: Sequence, Metaspace, ByteLevel, Split, ` +
           'Digits, Punctuation, WhitespaceSplit (those of the Mistral tokenizers).',
       );
@@ -232,12 +245,12 @@ function readVocab(value: unknown): Map<string, number> {
     const id = requireId(entry, `${place}[${show(token)}]`);
     const owner = owners.get(id);
     if (owner !== undefined) {
-      throw new Error(`${place}: ${show(owner)} and ${show(token)} both have id ${id}; ids must be unique.`);
+      throw new FormatError(`${place}: ${show(owner)} and ${show(token)} both have id ${id}; ids must be unique.`);
     }
     owners.set(id, token);
     vocab.set(token, id);
   }
-  if (vocab.size === 0) throw new Error(`${place} is empty.`);
+  if (vocab.size === 0) throw new FormatError(`${place} is empty.`);
   return vocab;
 }
 
@@ -247,11 +260,11 @@ function readMerges(value: unknown, vocab: ReadonlyMap<string, number>): [string
     const parts: readonly unknown[] = typeof merge === 'string' ? merge.split(' ') : Array.isArray(merge) ? merge : [];
     const [left, right] = parts;
     if (parts.length !== 2 || typeof left !== 'string' || typeof right !== 'string') {
-      throw new TypeError(`${place}[${i}] must be "left right" or ["left", "right"], but is ${show(merge)}.`);
+      throw new FormatError(`${place}[${i}] must be "left right" or ["left", "right"], but is ${show(merge)}.`);
     }
     for (const token of [left, right, left + right]) {
       if (!vocab.has(token)) {
-        throw new Error(`${place}[${i}] is ${show(merge)}, but model.vocab has no token ${show(token)}.`);
+        throw new FormatError(`${place}[${i}] is ${show(merge)}, but model.vocab has no token ${show(token)}.`);
       }
     }
     return [left, right];
@@ -260,21 +273,23 @@ function readMerges(value: unknown, vocab: ReadonlyMap<string, number>): [string
 
 /**
  * Reads the `model` of a tokenizer.json.
- * @throws Error naming the key when it is not a BPE model, or has what no Mistral tokenizer has (word suffixes,
+ * @throws FormatError naming the key when it is not a BPE model, or has what no Mistral tokenizer has (word suffixes,
  * dropout), or is inconsistent (ids used twice, merges of unknown tokens).
  */
 export function compileModel(value: unknown): BpeModel {
   const config = requireObject(value, 'tokenizer.json: model');
   // Old files leave the type out.
   if (config.type !== 'BPE' && !(config.type === undefined && 'merges' in config)) {
-    throw new Error(
+    throw new FormatError(
       `tokenizer.json: model.type must be "BPE" (Mistral's tokenizers are), but is ${show(config.type)}.`,
     );
   }
   for (const key of ['continuing_subword_prefix', 'continuing_subword_suffix', 'end_of_word_suffix', 'dropout']) {
     const setting = config[key];
     if (setting !== undefined && setting !== null && setting !== '' && setting !== 0) {
-      throw new Error(`tokenizer.json: model.${key} is ${show(setting)}, which is not supported; it must be null.`);
+      throw new FormatError(
+        `tokenizer.json: model.${key} is ${show(setting)}, which is not supported; it must be null.`,
+      );
     }
   }
   const vocab = readVocab(config.vocab);
@@ -288,7 +303,7 @@ export function compileModel(value: unknown): BpeModel {
     unkToken = requireString(config.unk_token, 'tokenizer.json: model.unk_token');
     unkId = vocab.get(unkToken);
     if (unkId === undefined) {
-      throw new Error(`tokenizer.json: model.unk_token is ${show(unkToken)}, but model.vocab has no such token.`);
+      throw new FormatError(`tokenizer.json: model.unk_token is ${show(unkToken)}, but model.vocab has no such token.`);
     }
   }
   const byteIds: (number | undefined)[] = [];
@@ -334,7 +349,7 @@ export function compileModel(value: unknown): BpeModel {
           }
           unknownOpen = false;
         } else if (unkId === undefined) {
-          throw new Error(
+          throw new LorikeetError(
             `The tokenizer has no token for ${show(part)}: no byte fallback and no unknown token (tokenizer.json: ` +
               'model.byte_fallback, model.unk_token).',
           );

@@ -1,3 +1,4 @@
+import { FormatError, LorikeetError } from '@lorikeet/tensor';
 import { type AlignedText, alignedSlice, sliceAligned } from './aligned-text.js';
 import { ChatTemplate, chatTemplateSources } from './chat-template.js';
 import { compileDecoder, type DecoderStage } from './token-decoder.js';
@@ -123,7 +124,7 @@ class AddedTokenSplitter {
         if (token === undefined) continue;
         let from = match.index;
         let to = from + match[0].length;
-        if (token.single_word && (wordBefore.test(text.slice(0, from)) || wordAfter.test(text.slice(to)))) continue;
+        if (token.single_word && (wordBefore.test(text.slice(Math.max(0, from - 2), from)) || wordAfter.test(text.slice(to)))) continue;
         if (token.lstrip) while (from > done && spaceUnit.test(text.charAt(from - 1))) from--;
         if (token.rstrip) while (to < text.length && spaceUnit.test(text.charAt(to))) to++;
         if (from > done) sections.push({ from: done, to: from, token: undefined });
@@ -140,7 +141,7 @@ class AddedTokenSplitter {
 function readAddedToken(value: unknown, id: unknown, place: string): AddedToken {
   const entry = requireObject(value, place);
   const content = requireString(entry.content, `${place}.content`);
-  if (content === '') throw new Error(`${place}.content is empty; an added token needs a text.`);
+  if (content === '') throw new FormatError(`${place}.content is empty; an added token needs a text.`);
   const special = optionalBoolean(entry.special, false, `${place}.special`);
   return {
     id: requireId(id, `${place}.id`),
@@ -155,7 +156,7 @@ function readAddedToken(value: unknown, id: unknown, place: string): AddedToken 
 
 function specContent(value: unknown, place: string): string {
   const content = requireString(isObject(value) ? value.content : value, place);
-  if (content === '') throw new Error(`${place} is empty; a special token needs a text.`);
+  if (content === '') throw new FormatError(`${place} is empty; a special token needs a text.`);
   return content;
 }
 
@@ -173,11 +174,11 @@ class AddedTokenTable {
   insert(token: AddedToken, place: string): void {
     const inVocab = this.#vocab.get(token.content) ?? this.byContent.get(token.content)?.id;
     if (inVocab !== undefined && inVocab !== token.id) {
-      throw new Error(`${place}: ${show(token.content)} has id ${token.id} here, but id ${inVocab} elsewhere.`);
+      throw new FormatError(`${place}: ${show(token.content)} has id ${token.id} here, but id ${inVocab} elsewhere.`);
     }
     const owner = this.#owners.get(token.id);
     if (owner !== undefined && owner !== token.content) {
-      throw new Error(`${place}: id ${token.id} of ${show(token.content)} already belongs to ${show(owner)}.`);
+      throw new FormatError(`${place}: id ${token.id} of ${show(token.content)} already belongs to ${show(owner)}.`);
     }
     this.#owners.set(token.id, token.content);
     this.byContent.set(token.content, token);
@@ -246,14 +247,16 @@ function readFrame(value: unknown, place = 'tokenizer.json: post_processor'): Fr
         } else if (isObject(entry.Sequence) && entry.Sequence.id === 'A' && !seen) {
           seen = true;
         } else {
-          throw new Error(`${place}.single[${i}] must be a SpecialToken or the sequence A once, but is ${show(item)}.`);
+          throw new FormatError(
+            `${place}.single[${i}] must be a SpecialToken or the sequence A once, but is ${show(item)}.`,
+          );
         }
       });
-      if (!seen) throw new Error(`${place}.single has no sequence A, so the text itself would be lost.`);
+      if (!seen) throw new FormatError(`${place}.single has no sequence A, so the text itself would be lost.`);
       return { before, after };
     }
     default:
-      throw new Error(
+      throw new FormatError(
         `${place}: type ${show(config.type)} is not supported. Supported: Sequence, TemplateProcessing, ByteLevel ` +
           '(those of the Mistral tokenizers).',
       );
@@ -268,13 +271,12 @@ function makeTemplate(frame: Frame, idOf: (content: string) => number): JsonObje
     { Sequence: { id: sequence, type_id: type } },
     ...frame.after.map((id) => ({ SpecialToken: { id, type_id: type } })),
   ];
-  const special: Record<string, JsonObject> = {};
-  for (const id of [...frame.before, ...frame.after]) special[id] = { id, ids: [idOf(id)], tokens: [id] };
+  const entries = [...frame.before, ...frame.after].map((id) => [id, { id, ids: [idOf(id)], tokens: [id] }]);
   return {
     type: 'TemplateProcessing',
     single: part('A', 0),
     pair: [...part('A', 0), ...part('B', 1)],
-    special_tokens: special,
+    special_tokens: Object.fromEntries(entries),
   };
 }
 
@@ -346,7 +348,7 @@ export class Tokenizer {
     const frameId = (content: string): number => {
       const id = this.tokenToId(content);
       if (id === undefined) {
-        throw new Error(`tokenizer.json: post_processor uses the token ${show(content)}, which has no id.`);
+        throw new FormatError(`tokenizer.json: post_processor uses the token ${show(content)}, which has no id.`);
       }
       return id;
     };
@@ -356,13 +358,13 @@ export class Tokenizer {
 
   /**
    * Reads a tokenizer from its parsed files.
-   * @throws Error that names the file, the key and the value when something is missing, inconsistent or of a kind that
+   * @throws FormatError that names the file, the key and the value when something is missing, inconsistent or of a kind that
    * no Mistral tokenizer uses.
    */
   static fromFiles(files: TokenizerFiles): Tokenizer {
     const json = requireObject(files.tokenizerJson, 'tokenizer.json');
     if (!('model' in json)) {
-      throw new Error('tokenizer.json has no "model"; is it the tokenizer.json of a Hugging Face tokenizer?');
+      throw new FormatError('tokenizer.json has no "model"; is it the tokenizer.json of a Hugging Face tokenizer?');
     }
     const configGiven = files.tokenizerConfig !== undefined && files.tokenizerConfig !== null;
     const config: JsonObject = {
@@ -527,7 +529,7 @@ export class Tokenizer {
    *   range at the place where it was put.
    * - Tokens that are bytes of one character all have that character's range.
    * - An added token with `lstrip` or `rstrip` covers the white space that it takes along.
-   * @throws Error when a Unicode normalisation cannot be aligned with the text.
+   * @throws LorikeetError when a Unicode normalisation cannot be aligned with the text.
    */
   encodeWithOffsets(text: string, options: { readonly addSpecialTokens?: boolean } = {}): Encoding {
     if (typeof text !== 'string') throw new TypeError(`A text to encode must be a string, but is ${show(text)}.`);
@@ -615,7 +617,7 @@ export class Tokenizer {
     const known: readonly string[] = [...specialTokenNames, 'additional_special_tokens'];
     for (const name of Object.keys(tokens)) {
       if (!known.includes(name)) {
-        throw new Error(`Unknown special token name ${show(name)}. Names: ${known.join(', ')}.`);
+        throw new LorikeetError(`Unknown special token name ${show(name)}. Names: ${known.join(', ')}.`);
       }
     }
     const { json, config, model } = this.#parts;
@@ -739,7 +741,7 @@ function edgeToken(
   if (setting === undefined || setting === null) return current;
   if (!optionalBoolean(setting, false, `tokenizer_config.json: add_${name}_token`)) return [];
   if (token === undefined) {
-    throw new Error(`tokenizer_config.json: add_${name}_token is true, but there is no ${name}_token.`);
+    throw new FormatError(`tokenizer_config.json: add_${name}_token is true, but there is no ${name}_token.`);
   }
   return [token];
 }
