@@ -22,7 +22,7 @@ import {
   type Tensor,
 } from '@lorikeet/tensor';
 import { adapterTensor, type AdaptedModule, definePeft, type PeftMethod, type WrapContext } from '../peft-method.js';
-import { type AdapterConfig, AdapterError } from '../format.js';
+import { type AdapterConfig, AdapterError, configOf } from '../format.js';
 
 /** Nonlinearities of a bottleneck. */
 export type BottleneckActivation = 'relu' | 'swish';
@@ -164,7 +164,7 @@ function parse(text: string, where: string): BottleneckConfig {
   const fields = new JsonFields(config, `${where}: config`);
   const settings = readSettings(fields);
   for (const [key, value] of Object.entries(config)) {
-    const allowed = unused[key];
+    const allowed = Object.hasOwn(unused, key) ? unused[key] : undefined;
     if (allowed !== undefined && !allowed.includes(value)) {
       fields.problem(`${key} is ${describeJson(value)}, which is not supported`);
     }
@@ -228,12 +228,7 @@ function serialize(config: BottleneckConfig, hiddenSize: number): string {
   );
 }
 
-const isBottleneck = (config: AdapterConfig): config is BottleneckConfig => config.peft_type === 'BOTTLENECK';
-
-function settingsOf(config: AdapterConfig): BottleneckConfig {
-  if (isBottleneck(config)) return config;
-  throw new AdapterError(`BOTTLENECK: the configuration is of peft_type ${config.peft_type}`);
-}
+const settingsOf = (config: AdapterConfig): BottleneckConfig => configOf<BottleneckConfig>('BOTTLENECK', config);
 
 const activations: Readonly<Record<BottleneckActivation, (x: Tensor) => Tensor>> = { relu, swish: silu };
 
