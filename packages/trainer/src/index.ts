@@ -2,6 +2,7 @@ export * from './arenas.js';
 export * from './arguments.js';
 export * from './calibration.js';
 export * from './checkpoint.js';
+export * from './conversation.js';
 export * from './data.js';
 export * from './evaluation-watch.js';
 export * from './metrics.js';

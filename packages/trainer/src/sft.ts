@@ -9,8 +9,10 @@
  * again, so that inference stops where training started. (A token that straddles with more than white space has no such remedy;
  * these rows are counted and warned of.)
  *
- * Every row ends with exactly one trained end: the template's own, or the eos token.
+ * Every row ends with exactly one trained end: the template's own, or the eos token. A conversation's earlier answers lie in its
+ * prompt; their tokens are found by the same rule and trained too.
  */
+import { type Answer, promptAnswers } from './conversation.js';
 import {
   DataError,
   type DataRow,
@@ -172,6 +174,8 @@ interface Layout {
   readonly first: number;
   /** Tokens behind those of the text: the eos token, or nothing. */
   readonly tail: readonly number[];
+  /** For each token of the text the answer in the prompt that it is of; undefined where it is of none. */
+  readonly answers: readonly (Answer | undefined)[];
   /** Remarks about the row; they are counted over the data set. */
   readonly notes: readonly Note[];
 }
@@ -213,16 +217,22 @@ function layOut(encoder: Encoder, row: DataRow): Layout | string {
     throw new TypeError(`the tokenizer gave ${encoded.ids.length} ids but ${encoded.offsets.length} offsets`);
   }
   let { ids, offsets }: Pick<Layout, 'ids' | 'offsets'> = encoded;
-  const { prefix } = encoder;
+  let { prefix } = encoder;
   if (prefix.length > 0 && prefix.every((id, i) => ids[i] === id)) {
     ids = ids.slice(prefix.length);
     offsets = offsets.slice(prefix.length);
-    notes.push('prefixPresent');
-  }
+    if (template.complete !== true) notes.push('prefixPresent');
+  } else if (template.complete === true) prefix = [];
   const first = boundaryIndex(offsets, completionStart);
   if (first === ids.length) return 'the tokenizer makes no token of the completion, so nothing would be trained';
-  const straddled = text.slice(Math.min(offsets[first][0], completionStart), completionStart);
-  if (straddled.trim() !== '') notes.push('straddles');
+  const answers = promptAnswers(row);
+  const owners = offsets.map(([start, end], i) =>
+    i < first ? answers.find((answer) => end > answer.start && start < answer.end) : undefined,
+  );
+  const begins = [[first, completionStart], ...answers.map((answer) => [owners.indexOf(answer), answer.start])];
+  if (begins.some(([token, at]) => text.slice(Math.min(offsets[token]?.[0] ?? at, at), at).trim() !== '')) {
+    notes.push('straddles');
+  }
 
   // A whole text without a prompt may hold several documents, each with its own end.
   const structured = prompt !== '';
@@ -246,7 +256,7 @@ function layOut(encoder: Encoder, row: DataRow): Layout | string {
     }
   }
   const tail = terminator.kind === 'eos' && terminator.id !== undefined ? [terminator.id] : [];
-  return { text, completionStart, terminatorStart, prefix, ids, offsets, first, tail, notes };
+  return { text, completionStart, terminatorStart, prefix, ids, offsets, first, tail, answers: owners, notes };
 }
 
 /** The part of a layout that fits: tokens from `cut` on. */
@@ -285,8 +295,11 @@ function assemble(layout: Layout, cut: number, completionOnlyLoss: boolean, row:
   const ids = Int32Array.from([...prefix, ...layout.ids.slice(cut), ...tail]);
   const promptTokens = prefix.length + first - cut;
   const trainedFrom = Math.max(1, completionOnlyLoss ? promptTokens : prefix.length);
-  const labels = ids.map((id, i) => (i < trainedFrom ? ignoreIndex : id));
-  return { row, ids, labels, promptTokens, supervised: Math.max(0, ids.length - trainedFrom), truncated: cut };
+  const isAnswer = (i: number): boolean =>
+    i >= Math.max(1, prefix.length) && layout.answers[i - prefix.length + cut] !== undefined;
+  const labels = ids.map((id, i) => (i < trainedFrom && !isAnswer(i) ? ignoreIndex : id));
+  const supervised = labels.reduce((sum, label) => sum + (label === ignoreIndex ? 0 : 1), 0);
+  return { row, ids, labels, promptTokens, supervised, truncated: cut };
 }
 
 type Outcome =
@@ -294,14 +307,16 @@ type Outcome =
   | { readonly kind: 'dropped' }
   | { readonly kind: 'bad'; readonly problems: RowProblem[] };
 
-function tokenizeRow(encoder: Encoder, row: DataRow, index: number, options: TokenizeOptions): Outcome {
+function tokenizeRow(encoder: Encoder, given: DataRow, index: number, options: TokenizeOptions): Outcome {
   const { template, labels, completionOnlyLoss = true } = options;
-  const problems = rowProblems(row, index, template.fields, { labels, labelField: template.completionField });
-  if (problems.length > 0) return { kind: 'bad', problems };
   const bad = (message: string): Outcome => ({
     kind: 'bad',
-    problems: [{ index, where: rowName(row, index), message }],
+    problems: [{ index, where: rowName(given, index), message }],
   });
+  const row = template.prepare?.(given) ?? given;
+  if (typeof row === 'string') return bad(row);
+  const problems = rowProblems(row, index, template.fields, { labels, labelField: template.completionField });
+  if (problems.length > 0) return { kind: 'bad', problems };
   const layout = layOut(encoder, row);
   if (typeof layout === 'string') return bad(layout);
   const fitted = fit(layout, options);
@@ -451,6 +466,22 @@ export interface EncodedPrompt {
   readonly truncated: number;
 }
 
+/**
+ * Rows as the template's fields have them: conversations are rendered, other rows stay as they are.
+ * @throws DataError with every row that cannot be
+ */
+export function prepareRows<Row extends DataRow>(rows: readonly Row[], template: PromptTemplate): Row[] {
+  const problems: RowProblem[] = [];
+  const prepared = rows.map((row, index) => {
+    const made = template.prepare?.(row) ?? row;
+    if (typeof made !== 'string') return made === row ? row : { ...row, ...made };
+    problems.push({ index, where: rowName(row, index), message: made });
+    return row;
+  });
+  if (problems.length > 0) throw new DataError(badRows, problems, remedy(problems));
+  return prepared;
+}
+
 /** A letter to put behind a prompt: what a tokenizer does at the boundary shows only when something follows. */
 const probe = 'a';
 
@@ -462,13 +493,17 @@ const probe = 'a';
  * @throws DataError when a field of the prompt is missing or not a text
  */
 export function encodePrompt(
-  row: DataRow,
+  given: DataRow,
   options: Pick<TokenizeOptions, 'tokenizer' | 'template' | 'maxLength'>,
   index = 0,
 ): EncodedPrompt {
   checkOptions(options);
   const { template, tokenizer, maxLength } = options;
   const encoder = encoderOf(template, tokenizer);
+  const row = template.prepare?.(given) ?? given;
+  if (typeof row === 'string') {
+    throw new DataError('the prompt cannot be made', [{ index, where: rowName(given, index), message: row }]);
+  }
   const specs = template.fields.filter((field) => template.promptFields.includes(field.name));
   const problems = rowProblems(row, index, specs);
   const fields = textFields(row, template, template.promptFields);
@@ -477,14 +512,15 @@ export function encodePrompt(
   if (problems.length > 0) throw new DataError('the prompt cannot be made', problems);
 
   const text = template.prompt(fields);
-  const probed = tokenizer.encodeWithOffsets(text + probe, { addSpecialTokens: false });
+  const probed = tokenizer.encodeWithOffsets(text + (template.lead ?? '') + probe, { addSpecialTokens: false });
   const first = boundaryIndex(probed.offsets, text.length);
   const cutAt = first < probed.offsets.length ? Math.min(probed.offsets[first][0], text.length) : text.length;
   const pending = text.slice(cutAt);
   const healed = pending.trim() === '';
   let ids = healed ? probed.ids.slice(0, first) : tokenizer.encodeWithOffsets(text, { addSpecialTokens: false }).ids;
-  const { prefix } = encoder;
+  let { prefix } = encoder;
   if (prefix.length > 0 && prefix.every((id, i) => ids[i] === id)) ids = ids.slice(prefix.length);
+  else if (template.complete === true) prefix = [];
   const room = maxLength === undefined ? ids.length : Math.max(0, maxLength - prefix.length);
   const truncated = Math.max(0, ids.length - room);
   return { ids: [...prefix, ...ids.slice(truncated)], text, pending: healed ? pending : '', truncated };
@@ -517,11 +553,13 @@ export interface RowPreview {
  * Shows what would be trained of a row. The texts of the segments, put together without those of kind `special` and the eos token,
  * are the rendered row.
  */
-export function previewRow(row: DataRow, options: TokenizeOptions, index = 0): RowPreview {
+export function previewRow(given: DataRow, options: TokenizeOptions, index = 0): RowPreview {
   checkOptions(options);
   const { template, tokenizer, labels, completionOnlyLoss = true } = options;
   const counts: Record<SegmentKind, number> = { special: 0, truncated: 0, masked: 0, trained: 0 };
   const failed = (problem: string): RowPreview => ({ segments: [], counts, problem });
+  const row = template.prepare?.(given) ?? given;
+  if (typeof row === 'string') return failed(row);
   const problems = rowProblems(row, index, template.fields, { labels, labelField: template.completionField });
   if (problems.length > 0) return failed(problems.map((problem) => problem.message).join('; '));
   const layout = layOut(encoderOf(template, tokenizer), row);
@@ -545,7 +583,7 @@ export function previewRow(row: DataRow, options: TokenizeOptions, index = 0): R
     if (token < cut) return 'truncated';
     return example.labels[prefix.length + token - cut] === ignoreIndex ? 'masked' : 'trained';
   };
-  const isEnd = (token: number): boolean => offsets[token][1] > terminatorStart;
+  const isEnd = (token: number): boolean => offsets[token][1] > (layout.answers[token]?.terminator ?? terminatorStart);
   // Characters that belong to no token (a tokenizer may drop white space) go with the segment before them.
   let shown = 0;
   for (let start = 0; start < ids.length; ) {
