@@ -35,7 +35,11 @@ export interface Config extends ChosenSection, TrainingKeys {
   validation_split: number;
   prompt_template: string | null;
   response_template: string | null;
+  /** For conversations: a built-in chat template or a file; null means that of the model's tokenizer. */
+  chat_template: string | null;
   completion_only_loss: boolean | null;
+  /** For conversations: train the assistant's messages alone; null means true. */
+  assistant_only_loss: boolean | null;
   /** Longest row in tokens. */
   max_length: number;
   overlong: 'error' | 'drop' | 'truncate_prompt';
@@ -106,7 +110,9 @@ const topShape = {
   validation_split: z.number().min(0).lt(1).default(0.1).describe('a number from 0 to below 1'),
   prompt_template: text().nullable().default(null).describe('a text'),
   response_template: text().nullable().default(null).describe('a text'),
+  chat_template: text().nullable().default(null).describe('chatml, zephyr, mistral, llama2, or a file'),
   completion_only_loss: z.boolean().nullable().default(null).describe('true or false'),
+  assistant_only_loss: z.boolean().nullable().default(null).describe('true or false'),
   max_length: z.int().min(2).default(1024).describe('a whole number, 2 or more'),
   overlong: z.enum(['error', 'drop', 'truncate_prompt']).default('error').describe('error, drop or truncate_prompt'),
   special_tokens: z
@@ -149,7 +155,10 @@ const topShape = {
   logging_steps: stepsOrShare().default(10).describe('a whole number, or a share of all steps below 1'),
   output_dir: text().default('out').describe('a folder'),
   run_name: text().nullable().default(null).describe('a text'),
-  report_to: z.array(z.enum(destinations)).default(['jsonl']).describe('none, or a list of jsonl and tensorboard'),
+  report_to: z
+    .array(z.enum(destinations))
+    .default(['jsonl'])
+    .describe(`none, or a list of ${destinations.join(', ')}`),
 
   memory_limit_gb: z.number().positive().nullable().default(null).describe('a number above 0'),
   max_gflop_per_dispatch: z.number().positive().nullable().default(null).describe('a number above 0'),

@@ -1,6 +1,8 @@
 /** From a run file to tokenised examples: rows, their split, the template, the special tokens. Needs no device. */
 import type { AddedToken, Tokenizer } from '@lorikeet/mistral';
 import {
+  conversationTemplate,
+  isConversation,
   packExamples,
   type PromptTemplate,
   resolveTemplate,
@@ -11,13 +13,14 @@ import {
   tokenizeExamples,
   trainTestSplit,
 } from '@lorikeet/trainer';
+import { requireChatTemplate, withRunChatTemplate } from './chat-templates.js';
 import type { Config, SpecialTokens } from './config.js';
 import type { CommandContext } from './context.js';
 import { type PlacedRow, readDataRows } from './data-files.js';
 import { UsageError } from './errors.js';
 import { resolveDataset } from './hub.js';
 import { type HubFlags, hubOptions } from './session.js';
-import { formatBytes, formatCount } from './text.js';
+import { formatBytes, formatCount, printable } from './text.js';
 
 /** The rows of a run. */
 export interface RunRows {
@@ -102,6 +105,39 @@ export function runTemplate(
   });
 }
 
+/**
+ * The template for rows like this one: that of the columns, or for conversations the chat template of the tokenizer.
+ * @throws UsageError where the run asks for what does not go with the rows
+ */
+export function rowTemplate(
+  config: Config,
+  tokenizer: Tokenizer,
+  fields: Readonly<Record<string, unknown>>,
+): PromptTemplate {
+  if (!isConversation(fields)) {
+    if (config.assistant_only_loss === true) {
+      throw new UsageError('assistant_only_loss is for rows of messages', {
+        fix: `These rows have ${Object.keys(fields)
+          .map((name) => printable(name))
+          .join(', ')}; completion_only_loss is their key.`,
+      });
+    }
+    return runTemplate(config, Object.keys(fields));
+  }
+  if (config.prompt_template !== null || config.response_template !== null) {
+    throw new UsageError('prompt_template and response_template do not go with rows of messages', {
+      fix: 'Remove the key; chat_template says the form of conversations.',
+    });
+  }
+  return conversationTemplate(
+    requireChatTemplate(
+      tokenizer,
+      'the model',
+      'Set chat_template: zephyr needs no new tokens; chatml wants <|im_start|> and <|im_end|> under special_tokens.additional_special_tokens; a file of Jinja will do, too.',
+    ),
+  );
+}
+
 /** The tokenizer with the special tokens of a run, and the tokens that are new to it. */
 export function withSpecialTokens(
   tokenizer: Tokenizer,
@@ -133,20 +169,28 @@ export interface RunData {
   readonly validation: TokenizedDataset | undefined;
 }
 
-/** How the rows of a run become tokens, before any row is tokenised. */
-export function tokenizeOptions(
+/**
+ * How the rows of a run become tokens, before any row is tokenised.
+ * @param fields those of a row, which say what kind of rows they are
+ */
+export async function tokenizeOptions(
   config: Config,
   base: Tokenizer,
-  columns: readonly string[],
-): { readonly options: TokenizeOptions; readonly tokenizer: Tokenizer; readonly added: readonly AddedToken[] } {
-  const template = runTemplate(config, columns);
-  const { tokenizer, added } = withSpecialTokens(base, config.special_tokens);
+  fields: Readonly<Record<string, unknown>>,
+): Promise<{
+  readonly options: TokenizeOptions;
+  readonly tokenizer: Tokenizer;
+  readonly added: readonly AddedToken[];
+}> {
+  const { tokenizer: named, added } = withSpecialTokens(base, config.special_tokens);
+  const tokenizer = await withRunChatTemplate(named, config);
+  const template = rowTemplate(config, tokenizer, fields);
   const options: TokenizeOptions = {
     tokenizer,
     template,
     maxLength: config.max_length,
     overlong: config.overlong,
-    completionOnlyLoss: config.completion_only_loss ?? true,
+    completionOnlyLoss: config.assistant_only_loss ?? config.completion_only_loss ?? true,
   };
   return { options, tokenizer, added };
 }
@@ -207,7 +251,7 @@ export async function loadRunData(
   flags: HubFlags = {},
 ): Promise<RunData> {
   const rows = await loadRows(context, config, flags);
-  const { options, tokenizer, added } = tokenizeOptions(config, base, Object.keys(rows.train[0].fields));
+  const { options, tokenizer, added } = await tokenizeOptions(config, base, rows.train[0].fields);
   const train = tokenizeRows(context, rows.train, options, 'training rows');
   const validation =
     rows.validation.length === 0 ? undefined : tokenizeRows(context, rows.validation, options, 'validation rows');

@@ -135,8 +135,9 @@ export async function readTokenizer(folder: string): Promise<Tokenizer | undefin
     await readJson(join(folder, 'tokenizer_config.json')),
     await readJson(join(folder, 'special_tokens_map.json')),
   ];
+  const chatTemplate = await readOptional(join(folder, 'chat_template.jinja'));
   try {
-    return Tokenizer.fromFiles({ tokenizerJson, tokenizerConfig, specialTokensMap });
+    return Tokenizer.fromFiles({ tokenizerJson, tokenizerConfig, specialTokensMap, chatTemplate });
   } catch (error) {
     throw new CliError(errorMessage(error), { where: folder, cause: error });
   }

@@ -60,3 +60,8 @@ export function formatNumber(value: number, digits = 3): string {
 export function shellQuoted(text: string): string {
   return /^[\w@%+=:,./~-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 }
+
+/** Text of a model as a terminal may have it: line breaks and tabs as they are, other control characters as escapes. */
+export function terminalText(text: string): string {
+  return text.replace(/[^\n\t]+/g, escapeControls);
+}

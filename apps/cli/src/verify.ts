@@ -2,13 +2,13 @@
 import type { Mistral, Tokenizer } from '@lorikeet/mistral';
 import { Random, randomStreams } from '@lorikeet/nn';
 import { gatherRows, keep, reshape, scope } from '@lorikeet/tensor';
-import { encodePrompt, textFields, type TokenizeOptions } from '@lorikeet/trainer';
+import { encodePrompt, isConversation, prepareRows, textFields, type TokenizeOptions } from '@lorikeet/trainer';
 import { type Config, resolveConfig } from './config.js';
 import type { CommandContext } from './context.js';
 import type { PlacedRow } from './data-files.js';
 import { UsageError } from './errors.js';
 import { classesOf, mostClasses, scoreLabels } from './label-scores.js';
-import { readRows, runTemplate } from './run-data.js';
+import { readRows, rowTemplate, runTemplate } from './run-data.js';
 import { formatCount, formatNumber } from './text.js';
 
 /** What two models are compared on. */
@@ -75,10 +75,14 @@ export async function readPrompts(
     readonly labels: readonly string[] | undefined;
   },
 ): Promise<Prompts> {
-  const rows = await readRows(context, [file]);
+  const given = await readRows(context, [file]);
   const config = options.config ?? resolveConfig({}).config;
-  // Rows need no answer here: its field is there for the choice of the template.
-  const template = runTemplate(config, [...Object.keys(rows[0].fields), 'completion', 'output']);
+  const [{ fields }] = given;
+  const template = isConversation(fields)
+    ? rowTemplate(config, options.tokenizer, fields)
+    : // Rows need no answer here: its field is there for the choice of the template.
+      runTemplate(config, [...Object.keys(fields), 'completion', 'output']);
+  const rows = prepareRows(given, template);
   const structured = !template.promptFields.includes(template.completionField);
   if (options.labels !== undefined && !structured) {
     throw new UsageError('labels cannot be scored for rows that are one text', {

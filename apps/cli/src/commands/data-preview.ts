@@ -127,7 +127,7 @@ export async function runDataPreview(
   }
   const base = requireTokenizer(await readTokenizer(folder), folder);
   const rows = await loadRows(context, config);
-  const { options: tokenize, tokenizer, added } = tokenizeOptions(config, base, Object.keys(rows.train[0].fields));
+  const { options: tokenize, tokenizer, added } = await tokenizeOptions(config, base, rows.train[0].fields);
   const training = examine(context, rows.train, tokenize, 'training rows');
   const validation =
     rows.validation.length === 0 ? undefined : examine(context, rows.validation, tokenize, 'validation rows');

@@ -6,6 +6,7 @@ import {
   classificationMetrics,
   DataError,
   encodePrompt,
+  prepareRows,
   evaluateLoss,
   matchLabel,
   type PromptTemplate,
@@ -15,11 +16,12 @@ import {
   type TokenizeOptions,
 } from '@lorikeet/trainer';
 import { type Config, type ConfigDType, loadConfig, resolveConfig } from '../config.js';
+import { withRunChatTemplate } from '../chat-templates.js';
 import type { CommandContext } from '../context.js';
 import type { PlacedRow } from '../data-files.js';
 import { type Answer, classesOf, scoreLabels } from '../label-scores.js';
 import { writeTokenLosses } from '../reporting/overview.js';
-import { readRows, runTemplate, tokenizeRows, withSpecialTokens } from '../run-data.js';
+import { readRows, rowTemplate, tokenizeRows, withSpecialTokens } from '../run-data.js';
 import { readRunConfig } from '../run-files.js';
 import { openSession, readSession, requireTokenizer, type Session } from '../session.js';
 import { formatCount, formatNumber, printable, quoted, shellQuoted } from '../text.js';
@@ -51,12 +53,15 @@ export async function runEval(context: CommandContext, options: EvalOptions): Pr
   const read = await readSession(context, options);
   const config = await templateConfig(context, options, read.adapterFiles?.folder);
   const known = requireTokenizer(read.tokenizer, read.files.folder);
-  const { tokenizer, added } = withSpecialTokens(known, config.special_tokens);
+  const { tokenizer: named, added } = withSpecialTokens(known, config.special_tokens);
+  // An adapter's tokenizer has its template; the path in its run file may mean nothing here.
+  const tokenizer = options.config === undefined ? named : await withRunChatTemplate(named, config);
   if (added.length > 0) {
     ui.warn(`${added.length} special tokens of the run file are new to the model; their rows are untrained`);
   }
-  const rows = (await readRows(context, [options.data])).slice(0, options.limit);
-  const template = runTemplate(config, Object.keys(rows[0].fields));
+  const given = (await readRows(context, [options.data])).slice(0, options.limit);
+  const template = rowTemplate(config, tokenizer, given[0].fields);
+  const rows = prepareRows(given, template);
   const truths = rows.map((row) => template.completion(textFields(row, template)).trim());
   const classes = options.labels ?? classesOf(truths, options.data);
   const structured = !template.promptFields.includes(template.completionField);

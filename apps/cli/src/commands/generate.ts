@@ -1,26 +1,20 @@
 /** `lorikeet generate`: continues a prompt. */
-import { generate, type GenerationConfig, resolveGenerationConfig, type Tokenizer } from '@lorikeet/mistral';
+import { generate, type Tokenizer } from '@lorikeet/mistral';
 import { encodePrompt, promptCompletionTemplate, terminatorOf } from '@lorikeet/trainer';
 import type { ConfigDType } from '../config.js';
 import type { CommandContext } from '../context.js';
 import { CliError, UsageError } from '../errors.js';
 import { runTemplate } from '../run-data.js';
 import { readRunConfig } from '../run-files.js';
+import { type AnswerEnds, samplingConfig, type SamplingFlags } from '../sampling-flags.js';
 import { openSession, readSession, requireTokenizer } from '../session.js';
+import { terminalText } from '../text.js';
 
 /** Options of the command. */
-export interface GenerateCommandOptions {
+export interface GenerateCommandOptions extends SamplingFlags {
   readonly model: string;
   readonly adapter?: string;
   readonly prompt: string;
-  readonly maxNewTokens: number;
-  readonly temperature: number;
-  readonly topP?: number;
-  readonly topK?: number;
-  readonly minP?: number;
-  readonly repetitionPenalty?: number;
-  readonly seed?: number;
-  readonly stop?: readonly string[];
   readonly dtype?: ConfigDType;
   readonly loadIn4bit?: boolean;
   readonly revision?: string;
@@ -38,25 +32,7 @@ export async function runGenerate(context: CommandContext, options: GenerateComm
   const read = await readSession(context, options);
   const tokenizer = requireTokenizer(read.tokenizer, read.files.folder);
   const ends = await endsOf(read.adapterFiles?.folder, tokenizer);
-  const sampled = options.temperature > 0;
-  const eos = [
-    ...new Set([...ends.ids, ...read.files.config.eos_token_id, tokenizer.eosTokenId].filter((id) => id !== undefined)),
-  ];
-  const stops = [...ends.texts, ...(options.stop ?? [])];
-  // A greedy call leaves the sampler's settings of the model's file alone: they would only be warned of.
-  const { config, warnings } = resolveGenerationConfig(sampled ? read.files.generationConfig : undefined, {
-    do_sample: sampled,
-    max_new_tokens: options.maxNewTokens,
-    ...(sampled ? { temperature: options.temperature } : {}),
-    ...defined('top_p', options.topP),
-    ...defined('top_k', options.topK),
-    ...defined('min_p', options.minP),
-    ...defined('repetition_penalty', options.repetitionPenalty),
-    ...defined('seed', options.seed),
-    ...(eos.length > 0 ? { eos_token_id: eos } : {}),
-    ...(stops.length > 0 ? { stop_strings: stops } : {}),
-  });
-  for (const warning of warnings) ui.warn(warning);
+  const config = samplingConfig(ui, options, read.files, tokenizer, ends);
   const ids = encode(text, tokenizer);
 
   const session = await openSession(context, options, read);
@@ -71,7 +47,7 @@ export async function runGenerate(context: CommandContext, options: GenerateComm
       onWarning: (message) => ui.warn(message),
       onToken: (_row, _id, piece) => {
         if (ui.json || piece === '') return;
-        ui.raw(atStart ? piece.replace(/^ /, '') : piece);
+        ui.raw(terminalText(atStart ? piece.replace(/^ /, '') : piece));
         atStart = false;
       },
     });
@@ -89,15 +65,8 @@ export async function runGenerate(context: CommandContext, options: GenerateComm
   }
 }
 
-function defined(name: keyof GenerationConfig, value: number | undefined): GenerationConfig {
-  return value === undefined ? {} : { [name]: value };
-}
-
 /** What ends an answer beyond eos: the end of the template that the adapter was trained with. */
-async function endsOf(
-  folder: string | undefined,
-  tokenizer: Tokenizer,
-): Promise<{ readonly ids: readonly number[]; readonly texts: readonly string[] }> {
+async function endsOf(folder: string | undefined, tokenizer: Tokenizer): Promise<AnswerEnds> {
   const run = folder === undefined ? undefined : await readRunConfig(folder);
   if (run === undefined || (run.config.prompt_template === null && run.config.response_template === null)) {
     return { ids: [], texts: [] };
