@@ -7,6 +7,7 @@ import { configKeys } from './config-schema.js';
 export interface StarterSettings {
   readonly model: string;
   readonly fourBit: boolean;
+  readonly learningRate: number;
   readonly trainFile: string;
   /** Absent: the columns decide. */
   readonly promptTemplate?: string | undefined;
@@ -60,7 +61,7 @@ function groups(settings: StarterSettings): (readonly [heading: string, lines: r
         ['gradient_accumulation_steps', 4],
         ['num_train_epochs', 3],
         ['max_steps', undefined, 100],
-        ['learning_rate', 1e-4],
+        ['learning_rate', settings.learningRate],
         ['lr_scheduler_type', 'cosine'],
         ['warmup_ratio', 0.1],
         ['max_grad_norm', 1],

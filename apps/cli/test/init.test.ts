@@ -25,6 +25,7 @@ describe('lorikeet init', () => {
     expect(notes.filter((note) => !note.startsWith('4-bit scales'))).toEqual([]);
     expect(given.size).toBeGreaterThan(20);
     expect(config).toMatchObject({ lora: { r: 16, target_modules: 'all-linear' }, train_file: 'train.csv' });
+    expect(config.learning_rate).toBe(1e-4);
     const rows = await readDataRows([join(at('new'), 'train.csv')]);
     expect(rows).toHaveLength(120);
     expect(Object.keys(rows[0].fields)).toEqual(['headline', 'sentiment']);
@@ -60,6 +61,7 @@ describe('lorikeet init', () => {
 
   it.each([
     ['id,Text,label\n1,Sales rose,up\n', 'Id: {id}\nText: {Text}\nLabel: {label}', 'label was taken for the answer'],
+    ['text,label\nSales rose,up\n', 'Text: {text}\nLabel: {label}', 'label was taken for the answer'],
     ['question,said\nWhy?,So\n', 'Question: {question}\nSaid: {said}', 'the last one was taken for the answer'],
     ['label,text here,news\nup,a,b\n', 'News: {news}\nLabel: {label}', 'Leave out what is no part'],
     ['instruction,input,output\na,b,c\n', null, 'the template fingpt is used'],
@@ -96,6 +98,8 @@ describe('lorikeet init', () => {
     const run = await cli(['train', '-c', join(at('run'), 'run.yaml'), ...paths]);
     expect(run.err).not.toContain('error');
     expect(run.code).toBe(0);
-    expect(await readFile(at('out/run.yaml'), 'utf8')).toContain('{mood}');
+    const resolved = await readFile(at('out/run.yaml'), 'utf8');
+    expect(resolved).toContain('{mood}');
+    expect(resolved).toContain('learning_rate: 0.002'); // a small model's
   });
 });

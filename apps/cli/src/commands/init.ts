@@ -1,7 +1,8 @@
 /** `lorikeet init`: a run file to begin with, and rows to try it on. */
-import { stat } from 'node:fs/promises';
+import { readFile, stat } from 'node:fs/promises';
 import { isAbsolute, join, relative, resolve, sep } from 'node:path';
-import { resolveTemplate } from '@lorikeet/trainer';
+import { parseJsonObject } from '@lorikeet/tensor';
+import { answerFields, resolveTemplate } from '@lorikeet/trainer';
 import { schemaFile } from '../config-json-schema.js';
 import type { CommandContext } from '../context.js';
 import { readDataFile } from '../data-files.js';
@@ -21,23 +22,6 @@ export interface InitOptions {
 /** A model that a card of 8 GB trains in 4 bits. */
 const usualModel = 'mistralai/Mistral-7B-v0.1';
 
-/** Names of columns that hold answers, the likeliest first. */
-const answerNames = [
-  'output',
-  'completion',
-  'answer',
-  'response',
-  'label',
-  'labels',
-  'sentiment',
-  'category',
-  'class',
-  'target',
-  'summary',
-  'translation',
-  'reply',
-];
-
 /** What the columns of the data ask for. */
 interface TemplateFound {
   readonly template?: string;
@@ -55,6 +39,7 @@ export async function runInit(context: CommandContext, folder: string, options: 
   const config = starterConfig({
     model: options.model === undefined ? usualModel : await from(folder, options.model),
     fourBit: options.model === undefined,
+    learningRate: await learningRateFor(options.model),
     trainFile: options.data === undefined ? 'train.csv' : placeFrom(folder, options.data),
     promptTemplate: found.template,
     templateNote: found.note,
@@ -110,6 +95,14 @@ async function from(folder: string, model: string): Promise<string> {
   return (await exists(model)) ? placeFrom(folder, model) : model;
 }
 
+/** What LoRA usually wants: a small model, such as the one of this repository, ten to twenty times the rate of a large one. */
+async function learningRateFor(model: string | undefined): Promise<number> {
+  const file = join(model ?? '', 'config.json');
+  const text = model === undefined ? undefined : await readFile(file, 'utf8').catch(() => undefined);
+  const width = text === undefined ? undefined : parseJsonObject(text, file)['hidden_size'];
+  return typeof width === 'number' && width <= 512 ? 2e-3 : 1e-4;
+}
+
 /** Where editors find the schema: by a path that holds wherever the project lies, if the program is a part of it. */
 function schemaPlace(folder: string): string {
   const path = placeFrom(folder, relative(process.cwd(), schemaFile));
@@ -130,7 +123,7 @@ async function templateFor(file: string): Promise<TemplateFound> {
     return { note: `The columns ${shown} are known: the template ${name} is used where none is set.`, missing: false };
   } catch (error) {
     const texts = columns.filter((name) => typeof fields[name] === 'string' && /^[A-Za-z_]\w*$/.test(name));
-    const answer = answerNames.map((name) => texts.find((column) => column.toLowerCase() === name)).find(Boolean);
+    const answer = answerFields.map((name) => texts.find((column) => column.toLowerCase() === name)).find(Boolean);
     const [first, second] = texts;
     if (answer !== undefined && texts.length > 1) {
       const others = texts.filter((name) => name !== answer);
