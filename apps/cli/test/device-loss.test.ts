@@ -1,8 +1,10 @@
 /** The device is lost at any time of a run: the files are those of a run without a loss. */
 import { readFile } from 'node:fs/promises';
-import { type Device, planDevice } from '@lorikeet/tensor';
+import { type Device, keep, OutOfMemoryError, planDevice } from '@lorikeet/tensor';
 import { afterAll, beforeAll, expect, it } from 'vitest';
+import { checkpointDamage, listCheckpoints } from '../src/checkpoint.js';
 import { loadConfig } from '../src/config.js';
+import { CliError } from '../src/errors.js';
 import { loadRunData } from '../src/run-data.js';
 import { openCommandDevice, readModelFiles, requireTokenizer } from '../src/session.js';
 import { trainThroughLosses } from '../src/train/train-on.js';
@@ -40,7 +42,7 @@ async function runOn(
     {
       pauses: [0, 0],
       open: async () => {
-        const opened = await openCommandDevice();
+        const opened = await openCommandDevice({ memoryLimitGb: 0.064 });
         const other = watch(opened, devices++);
         if (other === undefined) return opened;
         opened.destroy();
@@ -51,12 +53,12 @@ async function runOn(
   return { text, error, devices };
 }
 
-/** Destroys a device when it is to do its `nth` piece of work: a dispatch or a read. */
-function destroyAt(device: Device, nth: number): void {
+/** Does something when a device is to do its `nth` piece of work: a dispatch or a read. */
+function atWork(device: Device, nth: number, event: () => void): void {
   let left = nth;
   const [dispatch, read] = [device.dispatch.bind(device), device.read.bind(device)];
   const count = (): void => {
-    if (left-- === 0) device.destroy();
+    if (left-- === 0) event();
   };
   device.dispatch = (...args) => {
     count();
@@ -67,6 +69,8 @@ function destroyAt(device: Device, nth: number): void {
     return read(x);
   };
 }
+
+const destroyAt = (device: Device, nth: number): void => atWork(device, nth, () => device.destroy());
 
 const losses = async (out: string): Promise<unknown> =>
   Object(JSON.parse(await readFile(run.at(out, 'run.json'), 'utf8')))['device_losses'];
@@ -131,4 +135,27 @@ it('a loss again and again without a new checkpoint is an end, and so is one tha
   expect(String(other.error)).toContain('the system offers a plan in its place');
   expect((await cli(run.train('lost-gone', '--resume'))).code).toBe(0);
   expect(await run.result('lost-gone')).toEqual(wanted);
+});
+
+it('memory that runs out in the middle costs no checkpoint: the run goes on from the last, with more of it', async () => {
+  const { text, error } = await runOn('full', (opened) =>
+    atWork(opened, Math.floor(work / 2), () => {
+      // Whatever is left of the budget, which the run does not know of.
+      for (let bytes = 1 << 24; bytes >= 256; bytes /= 2) {
+        try {
+          for (;;) keep(opened.empty([bytes / 4], 'f32'));
+        } catch (full) {
+          if (!(full instanceof OutOfMemoryError)) throw full;
+        }
+      }
+    }),
+  );
+  expect(error).toBeInstanceOf(CliError);
+  expect(String(error)).toMatch(/out of memory: .* needs \d+ bytes while \d+ are live.*planned +counted/s);
+  expect(text).toContain('"event":"out_of_memory"');
+  const left = await listCheckpoints(run.at('full'));
+  expect(left.length).toBeGreaterThan(0);
+  for (const { path } of left) expect(await checkpointDamage(path)).toBeUndefined();
+  expect((await cli(run.train('full', '--resume'))).code).toBe(0);
+  expect(await run.result('full')).toEqual(wanted);
 });

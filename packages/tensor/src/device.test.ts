@@ -1,6 +1,7 @@
 import { testDevice, testVariant } from '@lorikeet/testing';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
+import { globals } from 'webgpu';
 import { Device, openDevice, type DeviceOptions, planDevice } from './device.js';
 import { f16Bits, f16Value } from './dtype.js';
 import { DeviceError, DeviceLostError, OutOfMemoryError } from './errors.js';
@@ -349,11 +350,34 @@ describe('errors of the device', () => {
     expect(() => other.zeros([1])).toThrow('the device was destroyed; open a new one with openDevice()');
   });
 
-  it('a lost device ends every wait, pending or new, and every op with an error of its own', async () => {
+  /** A device, and WebGPU's below it. */
+  async function openBoth(): Promise<[device: Device, gpu: GPUDevice]> {
     const adapter = await (await openGpu()).requestAdapter();
     const gpu = await adapter?.requestDevice();
     if (gpu === undefined) throw new Error('no device');
-    const other = new Device(new GpuBackend(gpu), device.info, {});
+    return [new Device(new GpuBackend(gpu), device.info, {}), gpu];
+  }
+
+  it('memory that the device itself has not is an OutOfMemoryError, whatever follows from it', async () => {
+    const [other, gpu] = await openBoth();
+    const x = other.zeros([4]);
+    const report = (error: GPUError): void =>
+      gpu.onuncapturederror?.call(gpu, new globals.GPUUncapturedErrorEvent('uncapturederror', { error }));
+    // The software device never says so by itself: it promises whatever it is asked for.
+    report(new globals.GPUOutOfMemoryError('no room for "tensor [4] f32"'));
+    report(new globals.GPUValidationError('invalid buffer'));
+    gpu.destroy();
+    await gpu.lost;
+    for (const use of [() => other.zeros([2]), () => scope(() => add(x, x)), () => x.read()]) {
+      expect(use).toThrow(OutOfMemoryError);
+      expect(use).toThrow('no room for "tensor [4] f32"');
+    }
+    await expect(other.idle()).rejects.toThrow(OutOfMemoryError);
+    other.destroy();
+  });
+
+  it('a lost device ends every wait, pending or new, and every op with an error of its own', async () => {
+    const [other, gpu] = await openBoth();
     const x = other.fromArray([1, 2, 3], [3]);
     const y = scope(() => keep(add(x, x)));
     const waits = [y.read(), other.idle()];
