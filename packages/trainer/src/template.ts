@@ -20,6 +20,12 @@ export interface PromptTemplate {
   readonly terminator?: string | undefined;
   /** Texts that must be single tokens of the tokenizer. */
   readonly specialTokens: readonly string[];
+  /** True where prompts have all their special tokens, the first one too: the tokenizer adds none of its own. */
+  readonly complete?: boolean | undefined;
+  /** What stands at the start of every completion. */
+  readonly lead?: string | undefined;
+  /** Makes a row with `fields` of a row as it was read; a text says what is wrong with it. A prepared row stays as it is. */
+  prepare?(row: DataRow): DataRow | string;
   /** What is wrong with this row for this template beyond its `fields`; undefined when nothing is. */
   problem?(fields: TextFields): string | undefined;
   /** Everything before the completion. Must not read the completion field, except to find the prompt inside it. */
