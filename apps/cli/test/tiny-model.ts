@@ -117,10 +117,15 @@ export interface CliRun {
 /** Runs the command line in this process. */
 export async function cli(
   args: readonly string[],
-  more: { readonly stdin?: string; readonly signals?: SignalSource; readonly onOut?: (text: string) => void } = {},
+  more: {
+    readonly stdin?: string;
+    readonly signals?: SignalSource;
+    readonly onOut?: (text: string) => void;
+    readonly env?: Readonly<Record<string, string>>;
+  } = {},
 ): Promise<CliRun> {
   const written = { out: '', err: '' };
-  const { stdin, signals } = more;
+  const { stdin, signals, env = {} } = more;
   async function* given(): AsyncGenerator<string> {
     yield await Promise.resolve(stdin ?? '');
   }
@@ -132,7 +137,7 @@ export async function cli(
       },
     },
     stderr: { write: (text: string): void => void (written.err += text) },
-    env: {},
+    env,
     stdin: given(),
   };
   const code = await runCli(args, { io, ...(signals === undefined ? {} : { signals }) });
