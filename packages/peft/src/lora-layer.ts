@@ -11,10 +11,11 @@ import {
   scope,
   type Tensor,
 } from '@lorikeet/tensor';
-import { type ExportedParameter, PeftLayer } from './peft-method.js';
-import { type HostFactors, hostMatrix, product, qr, transposed } from './linear-algebra.js';
+import { frobenius, type HostFactors, hostMatrix, product, qr, transposed } from './linear-algebra.js';
 import { onDevice } from './lora-init.js';
-import { MergedWeight, storedLike, wideCopy } from './merged-weight.js';
+import { wideCopy } from './merged-weight.js';
+import { PeftLinear } from './peft-linear.js';
+import type { ExportedParameter } from './peft-method.js';
 
 /** Holder of one factor, so that its path is the checkpoint's: `lora_A.weight`. */
 export class Factor extends Module {
@@ -59,8 +60,7 @@ export interface LoraLayerOptions {
 }
 
 /** A linear layer with a low-rank update beside it. */
-export class LoraLinear extends PeftLayer {
-  readonly base_layer: Linear;
+export class LoraLinear extends PeftLinear {
   /** [r, in], f32 */
   readonly lora_A: Factor;
   /** [out, r], f32 */
@@ -74,13 +74,9 @@ export class LoraLinear extends PeftLayer {
   #start: { readonly a: Tensor; readonly b: Tensor } | undefined;
   /** The base's weight before it was quantised for this adapter; the quantised one while that is out of the model. */
   #unquantized: Tensor | undefined;
-  /** The base's weight while an update is in it. */
-  protected readonly merging: MergedWeight;
 
   constructor(base: Linear, a: Tensor, b: Tensor, options: LoraLayerOptions) {
-    super();
-    this.base_layer = base;
-    this.merging = new MergedWeight(base);
+    super(base);
     this.lora_A = new Factor(a);
     this.lora_B = new Factor(b);
     this.scaling = options.scaling;
@@ -135,9 +131,7 @@ export class LoraLinear extends PeftLayer {
     return [{ a, b, scale: this.scaling, dropout: this.dropout() }, ...start];
   }
 
-  /** x: [..., in] -> [..., out] */
-  override forward(x: Tensor): Tensor {
-    if (this.merging.merged) return this.base_layer.forward(x);
+  protected override adapted(x: Tensor): Tensor {
     const y = loraLinear(x, this.base_layer.weight, this.lora_A.weight, this.lora_B.weight, {
       scale: this.scaling,
       dropout: this.dropout(),
@@ -159,20 +153,12 @@ export class LoraLinear extends PeftLayer {
     yield ['lora_B.weight', this.lora_B.weight];
   }
 
-  override merge(): void {
-    this.merging.merge((weight) => storedLike(this.withUpdate(weight), weight));
-  }
-
-  /** weight + scaling B A in f32, a tensor of its own. */
-  protected withUpdate(weight: Tensor): Tensor {
+  /** weight + scaling B A */
+  protected override withUpdate(weight: Tensor): Tensor {
     const sum = wideCopy(weight);
     gemm(this.lora_B.weight, this.lora_A.weight, sum, { alpha: this.scaling, accumulate: true });
     if (this.#start !== undefined) gemm(this.#start.b, this.#start.a, sum, { accumulate: true });
     return sum;
-  }
-
-  override unmerge(): void {
-    this.merging.unmerge();
   }
 
   /**
@@ -229,7 +215,6 @@ export class LoraLinear extends PeftLayer {
 
   override detach(): Module {
     this.#freeStart();
-    this.merging.dispose();
     return super.detach();
   }
 
@@ -237,7 +222,7 @@ export class LoraLinear extends PeftLayer {
    * scaling ||B A||: the square is the sum of the elementwise product of B^T B and A A^T, both [r, r], so that B A [out, in]
    * is not needed. Where the product nearly cancels, that is noise, and the triangles of both sides are multiplied.
    */
-  async updateNorm(): Promise<number> {
+  override async updateNorm(): Promise<number> {
     const [a, b] = [this.lora_A.weight, this.lora_B.weight];
     const [r] = a.shape;
     if (this.#start === undefined) {
@@ -261,7 +246,7 @@ export class LoraLinear extends PeftLayer {
       { shape: b.shape, values: await b.read() },
     ];
     const [right, left] = factors.map(({ shape, values }) => hostMatrix(shape[0], shape[1], values));
-    return this.scaling * Math.hypot(...product(qr(left).r, transposed(qr(transposed(right)).r)).data);
+    return this.scaling * frobenius(product(qr(left).r, transposed(qr(transposed(right)).r)).data);
   }
 
   #freeStart(): void {
@@ -281,6 +266,5 @@ export class LoraLinear extends PeftLayer {
   override dispose(): void {
     this.#freeStart();
     super.dispose();
-    this.merging.dispose();
   }
 }

@@ -1,16 +1,6 @@
 /** `modules_to_save`: whole modules trained in f32 beside an adapter, and saved under their own names. */
 import { Embedding, Linear, type Module, RMSNorm } from '@lorikeet/nn';
-import {
-  addRmsNorm,
-  embedding,
-  forkRmsNorm,
-  isQuantized,
-  keep,
-  linear,
-  rmsNorm,
-  scope,
-  type Tensor,
-} from '@lorikeet/tensor';
+import { isQuantized, keep, scope, type Tensor } from '@lorikeet/tensor';
 import type { AdaptedModule } from './peft-method.js';
 import { AdapterError } from './format.js';
 import { changeNorm, MergedWeight, storedLike, wideCopy } from './merged-weight.js';
@@ -20,27 +10,28 @@ interface Weighted extends Module {
   weight: Tensor;
 }
 
-/** The f32 copy of a module's weight that is trained in its stead. */
-class Copy {
+/** The f32 copy of a base's weight, which a module has for its own and trains. */
+class TrainedCopy {
+  readonly #module: Weighted;
   readonly #base: Weighted;
   readonly #merged: MergedWeight;
-  readonly weight: Tensor;
 
-  constructor(base: Weighted) {
+  constructor(module: Weighted, base: Weighted) {
+    this.#module = module;
     this.#base = base;
-    this.#merged = new MergedWeight(base);
-    this.weight = scope(() => keep(wideCopy(base.weight))).tag('adapters');
+    this.#merged = new MergedWeight(module);
+    module.weight = scope(() => keep(wideCopy(base.weight))).tag('adapters');
   }
 
-  /** What the module computes with now. */
-  get current(): Tensor {
-    return this.#merged.merged ? this.#base.weight : this.weight;
+  get weight(): Tensor {
+    return this.#merged.original;
   }
 
+  /** The module computes with its weight as the base's type holds it. */
   merge(): void {
     this.#merged.merge((weight) => {
-      const stored = storedLike(this.weight, weight);
-      return stored === this.weight ? wideCopy(stored) : stored;
+      const stored = storedLike(weight, this.#base.weight);
+      return stored === weight ? wideCopy(weight) : stored;
     });
   }
 
@@ -48,36 +39,35 @@ class Copy {
     this.#merged.unmerge();
   }
 
-  /** Frees the original of a merged weight. */
+  /** Frees the trained weight where a merged one is in its place, which is the module's to free. */
   dispose(): void {
     this.#merged.dispose();
   }
 
+  /** Frees the trained weight; a merged one becomes the base's. */
   detach(): void {
-    this.dispose();
-    this.weight.dispose();
+    if (this.#merged.merged) {
+      this.#base.weight.dispose();
+      this.#base.weight = this.#module.weight;
+      this.dispose();
+    } else this.#module.weight.dispose();
   }
 
   /** Frobenius norm of the difference from the base. */
   distance(): Promise<number> {
-    return changeNorm(this.#merged.original, () => this.weight);
+    return changeNorm(this.#base.weight, () => this.weight);
   }
 }
 
 /** A linear layer whose whole weight is trained. */
 export class SavedLinear extends Linear implements AdaptedModule {
   readonly base_layer: Linear;
-  readonly #copy: Copy;
+  readonly #copy: TrainedCopy;
 
   constructor(base: Linear) {
     super(base.weight);
     this.base_layer = base;
-    this.#copy = new Copy(base);
-    this.weight = this.#copy.weight;
-  }
-
-  override forward(x: Tensor): Tensor {
-    return linear(x, this.#copy.current);
+    this.#copy = new TrainedCopy(this, base);
   }
 
   *adapterParameters(): Generator<[string, Tensor]> {
@@ -110,21 +100,12 @@ export class SavedLinear extends Linear implements AdaptedModule {
 /** An embedding whose whole table is trained; a head that is tied to it goes with it. */
 export class SavedEmbedding extends Embedding implements AdaptedModule {
   readonly base_layer: Embedding;
-  readonly #copy: Copy;
+  readonly #copy: TrainedCopy;
 
   constructor(base: Embedding) {
     super(base.weight);
     this.base_layer = base;
-    this.#copy = new Copy(base);
-    this.weight = this.#copy.weight;
-  }
-
-  override forward(ids: Tensor, dtype: 'f32' | 'f16'): Tensor {
-    return embedding(ids, this.#copy.current, { dtype });
-  }
-
-  override project(h: Tensor): Tensor {
-    return linear(h, this.#copy.current, { dtype: 'f32' });
+    this.#copy = new TrainedCopy(this, base);
   }
 
   *adapterParameters(): Generator<[string, Tensor]> {
@@ -157,28 +138,15 @@ export class SavedEmbedding extends Embedding implements AdaptedModule {
 /** A norm whose weight is trained. */
 export class SavedNorm extends RMSNorm implements AdaptedModule {
   readonly base_layer: RMSNorm;
-  readonly #copy: Copy;
+  readonly #copy: TrainedCopy;
   readonly #name: string;
 
   /** @param name what follows the module's path in the name of the weight in the file */
   constructor(base: RMSNorm, name = 'weight') {
     super(base.weight, base.eps);
     this.base_layer = base;
-    this.#copy = new Copy(base);
-    this.weight = this.#copy.weight;
+    this.#copy = new TrainedCopy(this, base);
     this.#name = name;
-  }
-
-  override forward(x: Tensor): Tensor {
-    return rmsNorm(x, this.#copy.current, { eps: this.eps });
-  }
-
-  override fork(x: Tensor): [x: Tensor, norm: Tensor] {
-    return forkRmsNorm(x, this.#copy.current, { eps: this.eps });
-  }
-
-  override add(x: Tensor, delta: Tensor): [sum: Tensor, norm: Tensor] {
-    return addRmsNorm(x, delta, this.#copy.current, { eps: this.eps });
   }
 
   *adapterParameters(): Generator<[string, Tensor]> {

@@ -9,33 +9,57 @@ import type { AdaptedModule } from './peft-method.js';
 import { AdapterError } from './format.js';
 import { MergedWeight } from './merged-weight.js';
 
-/** The rows, and whose they are. */
+/** The rows, whose they are, and the table that they stand in for, also where they are merged into it. */
 export class TokenRows extends Module {
   /** [n, D], f32: whole rows, not differences, although PEFT calls them so */
   trainable_tokens_delta: Tensor;
+  readonly #table: { weight: Tensor };
   readonly #ids: Tensor;
+  readonly #merged: MergedWeight;
 
-  /** @param weight the table [V, D] that the rows start from; `ids` ascend */
-  constructor(weight: Tensor, ids: readonly number[]) {
+  /** @param table has the weight [V, D] that the rows start from; `ids` ascend */
+  constructor(table: { weight: Tensor }, ids: readonly number[]) {
     super();
+    const { weight } = table;
     const { device } = weight;
+    this.#table = table;
+    this.#merged = new MergedWeight(table);
     this.#ids = scope(() => keep(device.fromArray(ids, [ids.length], 'i32')));
     this.trainable_tokens_delta = scope(() => keep(embedding(this.#ids, weight, { dtype: 'f32' }))).tag('adapters');
   }
 
   /** x: [..., D], the embedding of ids [...] -> x with these rows where the id is one of theirs. */
   embed(x: Tensor, ids: Tensor): Tensor {
+    if (this.#merged.merged) return x;
     return replaceRows(x, ids, this.#ids, this.trainable_tokens_delta);
   }
 
   /** y: [..., V], the logits of h [..., D] -> y with the logits of these rows in their columns. */
   project(y: Tensor, h: Tensor): Tensor {
+    if (this.#merged.merged) return y;
     const dtype = y.dtype === 'f16' ? 'f16' : 'f32';
     return replaceColumns(y, this.#ids, linear(h, this.trainable_tokens_delta, { dtype }));
   }
 
+  /** Puts a table with these rows in the place of the table's weight. */
+  merge(): void {
+    this.#merged.merge((weight) => this.#into(weight));
+  }
+
+  /** Puts the table's own weight back. */
+  unmerge(): void {
+    this.#merged.unmerge();
+  }
+
+  /** Frees all but the table's weight, which becomes that of `base`. */
+  detach<B extends { weight: Tensor }>(base: B): B {
+    base.weight = this.#table.weight;
+    this.dispose();
+    return base;
+  }
+
   /** weight: [V, D] -> a copy with these rows in their places, in its own type and parts. */
-  into(weight: Tensor): Tensor {
+  #into(weight: Tensor): Tensor {
     let first = 0;
     const parts = weight.parts.map((part) => {
       const all = Int32Array.from({ length: part.rows }, (_, i) => first + i);
@@ -46,9 +70,9 @@ export class TokenRows extends Module {
     return joinRows(parts);
   }
 
-  /** Frobenius norm of the difference from the rows of `weight`. */
-  async distance(weight: Tensor): Promise<number> {
-    const start = scope(() => keep(embedding(this.#ids, weight, { dtype: 'f32' })));
+  /** Frobenius norm of the difference from the table's rows. */
+  async distance(): Promise<number> {
+    const start = scope(() => keep(embedding(this.#ids, this.#merged.original, { dtype: 'f32' })));
     const reading = start.read();
     start.dispose();
     const [before, now] = await Promise.all([reading, this.trainable_tokens_delta.read()]);
@@ -62,6 +86,7 @@ export class TokenRows extends Module {
   override dispose(): void {
     super.dispose();
     this.#ids.dispose();
+    this.#merged.dispose();
   }
 }
 
@@ -72,12 +97,11 @@ const rowsName = 'token_adapter.trainable_tokens_delta';
 export class TokenEmbedding extends Embedding implements AdaptedModule {
   readonly token_adapter: TokenRows;
   readonly #base: Embedding;
-  readonly #merged = new MergedWeight(this);
 
   constructor(base: Embedding, ids: readonly number[]) {
     super(base.weight);
     this.#base = base;
-    this.token_adapter = new TokenRows(base.weight, ids);
+    this.token_adapter = new TokenRows(this, ids);
   }
 
   get base_layer(): Embedding {
@@ -85,12 +109,10 @@ export class TokenEmbedding extends Embedding implements AdaptedModule {
   }
 
   override forward(ids: Tensor, dtype: 'f32' | 'f16'): Tensor {
-    if (this.#merged.merged) return super.forward(ids, dtype);
     return scope(() => this.token_adapter.embed(super.forward(ids, dtype), ids));
   }
 
   override project(h: Tensor): Tensor {
-    if (this.#merged.merged) return super.project(h);
     return scope(() => this.token_adapter.project(super.project(h), h));
   }
 
@@ -99,27 +121,19 @@ export class TokenEmbedding extends Embedding implements AdaptedModule {
   }
 
   merge(): void {
-    this.#merged.merge((weight) => this.token_adapter.into(weight));
+    this.token_adapter.merge();
   }
 
   unmerge(): void {
-    this.#merged.unmerge();
+    this.token_adapter.unmerge();
   }
 
   detach(): Embedding {
-    this.#base.weight = this.weight;
-    this.#merged.dispose();
-    this.token_adapter.dispose();
-    return this.#base;
+    return this.token_adapter.detach(this.#base);
   }
 
   updateNorm(): Promise<number> {
-    return this.token_adapter.distance(this.#merged.original);
-  }
-
-  override dispose(): void {
-    super.dispose();
-    this.#merged.dispose();
+    return this.token_adapter.distance();
   }
 }
 
@@ -127,12 +141,11 @@ export class TokenEmbedding extends Embedding implements AdaptedModule {
 export class TokenLinear extends Linear implements AdaptedModule {
   readonly token_adapter: TokenRows;
   readonly #base: Linear;
-  readonly #merged = new MergedWeight(this);
 
   constructor(base: Linear, ids: readonly number[]) {
     super(base.weight);
     this.#base = base;
-    this.token_adapter = new TokenRows(base.weight, ids);
+    this.token_adapter = new TokenRows(this, ids);
   }
 
   get base_layer(): Linear {
@@ -140,7 +153,6 @@ export class TokenLinear extends Linear implements AdaptedModule {
   }
 
   override forward(x: Tensor): Tensor {
-    if (this.#merged.merged) return super.forward(x);
     return scope(() => this.token_adapter.project(super.forward(x), x));
   }
 
@@ -149,27 +161,19 @@ export class TokenLinear extends Linear implements AdaptedModule {
   }
 
   merge(): void {
-    this.#merged.merge((weight) => this.token_adapter.into(weight));
+    this.token_adapter.merge();
   }
 
   unmerge(): void {
-    this.#merged.unmerge();
+    this.token_adapter.unmerge();
   }
 
   detach(): Linear {
-    this.#base.weight = this.weight;
-    this.#merged.dispose();
-    this.token_adapter.dispose();
-    return this.#base;
+    return this.token_adapter.detach(this.#base);
   }
 
   updateNorm(): Promise<number> {
-    return this.token_adapter.distance(this.#merged.original);
-  }
-
-  override dispose(): void {
-    super.dispose();
-    this.#merged.dispose();
+    return this.token_adapter.distance();
   }
 }
 

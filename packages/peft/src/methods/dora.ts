@@ -24,9 +24,8 @@ export class DoraLinear extends LoraLinear {
     );
   }
 
-  override forward(x: Tensor): Tensor {
+  protected override adapted(x: Tensor): Tensor {
     const { weight } = this.base_layer;
-    if (this.merging.merged) return linear(x, weight);
     const [a, b] = [this.lora_A.weight, this.lora_B.weight];
     const factor = this.#factor();
     const drop = this.dropout();
