@@ -83,6 +83,17 @@ export interface LoraConfig extends PeftFileConfig {
   readonly use_rslora: boolean;
 }
 
+/**
+ * A configuration as that of a method, which is given one of any method.
+ * @param type the method's `peft_type`
+ * @throws AdapterError where it is another method's
+ */
+export function configOf<C extends AdapterConfig>(type: C['peft_type'], config: AdapterConfig): C {
+  const isOwn = (given: AdapterConfig): given is C => given.peft_type === type;
+  if (isOwn(config)) return config;
+  throw new AdapterError(`${type}: the configuration is of peft_type ${config.peft_type}`);
+}
+
 /** True for a configuration of LoRA. */
 export function isLoraConfig(config: AdapterConfig): config is LoraConfig {
   return config.peft_type === 'LORA';
@@ -398,11 +409,6 @@ const partsByLength: readonly AdapterPart[] = [
 /** The name in the file of a module's tensor, such as `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`. */
 export function adapterKey(modulePath: string, part: AdapterPart): string {
   return `${adapterKeyPrefix}${modulePath}.${partSuffixes[part]}`;
-}
-
-/** The name in the file of a linear module's A or B. */
-export function loraKey(modulePath: string, part: 'A' | 'B'): string {
-  return adapterKey(modulePath, part === 'A' ? 'loraA' : 'loraB');
 }
 
 /** A name from an adapter file, taken apart. */

@@ -9,6 +9,7 @@ import {
   type AdapterConfig,
   AdapterError,
   configObject,
+  configOf,
   type PeftFileConfig,
   readNames,
   readPeftConfig,
@@ -32,12 +33,7 @@ export interface Ia3Config extends PeftFileConfig {
 /** What a caller may set; the rest takes PEFT's defaults. */
 export type Ia3Options = Partial<Omit<Ia3Config, 'peft_type' | 'extra'>>;
 
-const isIa3 = (config: AdapterConfig): config is Ia3Config => config.peft_type === 'IA3';
-
-function settings(config: AdapterConfig): Ia3Config {
-  if (isIa3(config)) return config;
-  throw new AdapterError(`IA3: the configuration is of peft_type ${config.peft_type}`);
-}
+const settings = (config: AdapterConfig): Ia3Config => configOf<Ia3Config>('IA3', config);
 
 const defaultTargets: Readonly<Record<string, readonly string[]>> = {
   mistral: ['k_proj', 'v_proj', 'down_proj'],

@@ -3,9 +3,9 @@ import { type Module, RMSNorm } from '@lorikeet/nn';
 import { parseJsonObject } from '@lorikeet/tensor';
 import { type AdaptedModule, definePeft, type PeftMethod, type WrapContext } from '../peft-method.js';
 import {
-  type AdapterConfig,
   AdapterError,
   configObject,
+  configOf,
   type PeftFileConfig,
   readPeftConfig,
   serializeAdapterConfig,
@@ -21,8 +21,6 @@ export interface LnTuningConfig extends PeftFileConfig {
 
 /** What a caller may set; the rest takes PEFT's defaults. */
 export type LnTuningOptions = Partial<Omit<LnTuningConfig, 'peft_type' | 'extra'>>;
-
-const isLnTuning = (config: AdapterConfig): config is LnTuningConfig => config.peft_type === 'LN_TUNING';
 
 /**
  * A configuration for new norm weights, checked.
@@ -45,9 +43,6 @@ export const lnTuning: PeftMethod = definePeft({
   accepts: (module) => module instanceof RMSNorm,
   wrap,
   parseConfig: (text, where) => readPeftConfig(parseJsonObject(text, where), where, 'LN_TUNING', () => ({})),
-  serializeConfig: (config) => {
-    if (isLnTuning(config)) return serializeAdapterConfig(config);
-    throw new AdapterError(`LN_TUNING: the configuration is of peft_type ${config.peft_type}`);
-  },
+  serializeConfig: (config) => serializeAdapterConfig(configOf<LnTuningConfig>('LN_TUNING', config)),
   defaultTargets: { mistral: norms, llama: norms },
 });

@@ -15,7 +15,7 @@ import { evaSettings, evaStart } from '../eva.js';
 import {
   type AdapterConfig,
   AdapterError,
-  isLoraConfig,
+  configOf,
   type LoraConfig,
   parseAdapterConfig,
   serializeAdapterConfig,
@@ -26,10 +26,7 @@ import { type LoraLayerOptions, LoraLinear } from '../lora-layer.js';
 import { ranksOf } from '../targets.js';
 import { DoraLinear } from './dora.js';
 
-function settings(config: AdapterConfig): LoraConfig {
-  if (isLoraConfig(config)) return config;
-  throw new AdapterError(`LORA: the configuration is of peft_type ${config.peft_type}`);
-}
+const settings = (config: AdapterConfig): LoraConfig => configOf<LoraConfig>('LORA', config);
 
 function wrap(layer: Module, context: WrapContext): PeftLayer {
   const { device, path, seed } = context;

@@ -22,7 +22,7 @@ import {
   type PeftMethod,
   type WrapContext,
 } from '../peft-method.js';
-import { type AdapterConfig, AdapterError, configObject } from '../format.js';
+import { type AdapterConfig, AdapterError, configObject, configOf } from '../format.js';
 import {
   readVirtualTokens,
   serializeVirtualTokens,
@@ -56,12 +56,7 @@ export interface PrefixTuningConfig extends VirtualTokensConfig {
 /** What a caller may set; the rest takes PEFT's defaults, `num_virtual_tokens` 20 and `init_weights` `near_zero`. */
 export type PrefixTuningOptions = Partial<Omit<PrefixTuningConfig, 'peft_type' | 'extra'>>;
 
-const isPrefixTuning = (config: AdapterConfig): config is PrefixTuningConfig => config.peft_type === 'PREFIX_TUNING';
-
-function settings(config: AdapterConfig): PrefixTuningConfig {
-  if (isPrefixTuning(config)) return config;
-  throw new AdapterError(`PREFIX_TUNING: the configuration is of peft_type ${config.peft_type}`);
-}
+const settings = (config: AdapterConfig): PrefixTuningConfig => configOf<PrefixTuningConfig>('PREFIX_TUNING', config);
 
 /**
  * A configuration for a new prefix, checked.

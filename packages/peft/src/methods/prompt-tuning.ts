@@ -5,7 +5,7 @@
 import { Embedding, hashString, initialValues, type Module, Random, VirtualTokens } from '@lorikeet/nn';
 import { describeJson, isJsonObject, type JsonObject, parseJsonObject, scope, type Tensor } from '@lorikeet/tensor';
 import { type AdaptedModule, adapterTensor, definePeft, type PeftMethod, type WrapContext } from '../peft-method.js';
-import { type AdapterConfig, AdapterError, configObject } from '../format.js';
+import { type AdapterConfig, AdapterError, configObject, configOf } from '../format.js';
 import {
   readVirtualTokens,
   serializeVirtualTokens,
@@ -39,12 +39,7 @@ export interface PromptTuningConfig extends VirtualTokensConfig {
 /** What a caller may set; the rest takes PEFT's defaults, and `num_virtual_tokens` 20. */
 export type PromptTuningOptions = Partial<Omit<PromptTuningConfig, 'peft_type' | 'extra'>>;
 
-const isPromptTuning = (config: AdapterConfig): config is PromptTuningConfig => config.peft_type === 'PROMPT_TUNING';
-
-function settings(config: AdapterConfig): PromptTuningConfig {
-  if (isPromptTuning(config)) return config;
-  throw new AdapterError(`PROMPT_TUNING: the configuration is of peft_type ${config.peft_type}`);
-}
+const settings = (config: AdapterConfig): PromptTuningConfig => configOf<PromptTuningConfig>('PROMPT_TUNING', config);
 
 /**
  * A configuration for a new prompt, checked.
