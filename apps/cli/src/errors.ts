@@ -27,8 +27,9 @@ export class CliError extends Error {
 
   constructor(what: string, details: CliErrorDetails = {}) {
     const { where, fix, exitCode = EXIT.failed, cause } = details;
-    const sentence = /[.!?:]$/.test(what) ? what : `${what}.`;
-    super(`${where === undefined ? '' : `${where}: `}${fix === undefined ? what : `${sentence} ${fix}`}`, { cause });
+    // A list or table ends its line; what to do begins a new one.
+    const sentence = /[.!?:]$/.test(what) ? `${what} ` : what.endsWith('\n') ? what : `${what}. `;
+    super(`${where === undefined ? '' : `${where}: `}${fix === undefined ? what : `${sentence}${fix}`}`, { cause });
     this.what = what;
     this.where = where;
     this.fix = fix;

@@ -111,10 +111,11 @@ output_dir: ${at('out')}
 prompt_template: '{prompt} {completion}'
 lora: { r: 2, target_modules: [down_proj] }
 dtype: float16
-per_device_train_batch_size: 4
+validation_split: 0
+per_device_train_batch_size: 1
 max_steps: 40
 logging_steps: 1
-save_steps: 10
+save_steps: 20
 `,
     );
   });

@@ -19,6 +19,8 @@ export interface PreparedRun {
   readonly from?: ResumePoint | undefined;
   /** How often its device was lost before. */
   readonly deviceLosses?: number | undefined;
+  /** True after a loss in this process: what was shown of the run is still there. */
+  readonly again?: boolean | undefined;
   /** Hears of each checkpoint that is written. */
   readonly onCheckpoint?: ((checkpoint: CheckpointFolder) => void) | undefined;
 }
@@ -41,6 +43,7 @@ export class RunFrame {
   readonly data: RunData;
   readonly from: ResumePoint | undefined;
   readonly deviceLosses: number;
+  readonly again: boolean;
   readonly onCheckpoint: PreparedRun['onCheckpoint'];
   readonly device: Device;
   readonly plan: Plan;
@@ -61,6 +64,7 @@ export class RunFrame {
     this.data = data;
     this.from = from;
     this.deviceLosses = deviceLosses;
+    this.again = run.again === true;
     this.onCheckpoint = run.onCheckpoint;
     this.device = device;
     this.plan = plan;

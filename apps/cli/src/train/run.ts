@@ -56,7 +56,7 @@ export class Run {
     const { ui, signal } = frame.context;
     const { tokenizer, added, validation } = frame.data;
     const schedule = scheduleOptions(frame.args, frame.total);
-    for (const warning of scheduleWarnings(schedule)) ui.warn(warning);
+    if (!frame.again) for (const warning of scheduleWarnings(schedule)) ui.warn(warning);
     const model = await loadModel(frame.context, frame.device, files, {
       dtype: config.fp16 ? 'float16' : config.dtype,
       quantization: config.load_in_4bit ? 'nf4' : undefined,
@@ -71,7 +71,7 @@ export class Run {
     );
     await this.#takeUp(model, adapter);
     const facts = runFacts(frame, { model, adapter }, warmupStepCount(schedule));
-    showHeader(frame, { model, adapter }, facts);
+    if (!frame.again) showHeader(frame, { model, adapter }, facts);
     const collate: CollateOptions = { padTokenId: tokenizer.padTokenId ?? tokenizer.eosTokenId ?? 0 };
     let before: Evaluation | undefined;
     if (from !== undefined) before = from.progress.before ?? undefined;
@@ -79,7 +79,7 @@ export class Run {
       if (validation !== undefined) before = await this.#evaluate(model, validation.examples, collate);
       await clearOutputFolder(config.output_dir);
     }
-    if (before !== undefined) showEvaluation(ui, 'before', before);
+    if (before !== undefined && !frame.again) showEvaluation(ui, 'before', before);
     const reporter = await openReporters({
       context: frame.context,
       config,

@@ -78,17 +78,19 @@ export async function trainThroughLosses(context: CommandContext, run: PreparedR
   let device = await devices.open();
   let { from } = run;
   let deviceLosses = from?.progress.device_losses ?? 0;
+  let again = false;
   for (let inARow = 1; ; inARow++) {
     const reached: { checkpoint?: CheckpointFolder } = {};
     const onCheckpoint = (checkpoint: CheckpointFolder): void => {
       reached.checkpoint = checkpoint;
     };
     try {
-      await trainOn(context, device, { ...run, from, deviceLosses, onCheckpoint });
+      await trainOn(context, device, { ...run, from, deviceLosses, again, onCheckpoint });
       return;
     } catch (error) {
       if (!(error instanceof DeviceLostError) || signal.aborted) throw error;
       deviceLosses++;
+      again = true;
       if (reached.checkpoint !== undefined) {
         inARow = 1;
         from = await findCheckpoint(dirname(reached.checkpoint.path), (message) => ui.warn(message));
