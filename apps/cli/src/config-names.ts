@@ -250,3 +250,21 @@ export const laterValues: Readonly<Record<string, readonly string[]>> = {
   lr_scheduler_type: ['cosine_warmup_with_min_lr', 'greedy'],
   'lora.init_lora_weights': ['corda', 'lora_ga', 'mica'],
 };
+
+/** A name before its first dot, and what is behind it. */
+export function splitOnce(name: string): [string, string | undefined] {
+  const dot = name.indexOf('.');
+  return dot === -1 ? [name, undefined] : [name.slice(0, dot), name.slice(dot + 1)];
+}
+
+/** The name here of a key that is spelled otherwise, by other tools or with hyphens. */
+export function ownName(spelled: string): string {
+  const [first, key] = splitOnce(spelled.replaceAll('-', '_'));
+  const name = key === undefined ? first : `${ownSection(first)}.${key}`;
+  return Object.hasOwn(aliases, name) ? (aliases[name] ?? name) : name;
+}
+
+/** The same of a section. */
+export function ownSection(spelled: string): string {
+  return Object.hasOwn(sectionAliases, spelled) ? (sectionAliases[spelled] ?? spelled) : spelled;
+}

@@ -1,9 +1,10 @@
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import type { Command } from 'commander';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { parse } from 'yaml';
-import { runCli } from './program.js';
+import { buildProgram, runCli } from './program.js';
 
 /** One run of the command line: exit code and what it wrote. */
 async function run(...args: string[]): Promise<{ code: number; out: string; err: string }> {
@@ -40,14 +41,32 @@ describe('lorikeet', () => {
     expect(out).toMatch(/ {2}eval_steps .* \(default: not set\)/);
   });
 
-  it.each(['train', 'eval', 'generate', 'merge', 'doctor', 'data preview', 'inspect'])(
-    '%s has help with examples',
+  it('has help for commands of groups too', async () => {
+    expect((await run('help', 'data', 'preview')).out).toMatch(/^Usage: lorikeet data preview /);
+    expect((await run('help')).out).toMatch(/^Usage: lorikeet \[options\]/);
+  });
+
+  // Every command, as the program itself lists them.
+  const leaves = (command: Command, path: string): string[] =>
+    command.commands.length === 0
+      ? [path]
+      : command.commands.flatMap((child) => leaves(child, `${path} ${child.name()}`.trim()));
+  const program = buildProgram({ stdout: process.stdout, stderr: process.stderr, env: {} }, () => Promise.resolve());
+
+  it.each(leaves(program, '').filter((name) => name !== 'help'))(
+    '%s has a description, help with an example, and prints an error with --json as JSON',
     async (command) => {
-      const { code, out } = await run(...command.split(' '), '--help');
-      expect(code).toBe(0);
-      expect(out).toMatch(new RegExp(`Examples:\\n  lorikeet ${command}`));
-      expect(out).toContain('--json');
-      expect(out).toContain('--debug');
+      const words = command.split(' ');
+      const { code, out, err } = await run(...words, '--help');
+      expect({ code, err }).toEqual({ code: 0, err: '' });
+      expect(out).toMatch(/^Usage: lorikeet .*\n\n[A-Z(].*\S/);
+      expect(out).toMatch(new RegExp(`Examples:\\n( +.*\\n)*? +.*lorikeet ${command}`));
+      const wrong = await run(...words, '--json', '--no-such-flag');
+      expect(wrong.code).toBe(2);
+      expect(JSON.parse(wrong.out)).toEqual({
+        error: { message: expect.stringMatching(/^(unknown|required) option '--/) },
+      });
+      expect(wrong.err).toMatch(/^error: (unknown|required) option '--/);
     },
   );
 
@@ -65,6 +84,11 @@ describe('lorikeet', () => {
     [['inspect'], /missing required argument 'path'/],
     [['inspect', 'a', 'b', 'c'], /too many arguments/],
     [['data'], /Usage: lorikeet data/],
+    [['help', 'trian'], /unknown command "trian". Did you mean train\?/],
+    [['train', '--learning_rate', '1'], /\(Keys of the run file are given without dashes: learning_rate=VALUE\)/],
+    [['plan', '--lora-r', '8'], /without dashes: lora\.r=VALUE/],
+    [['completion', 'tcsh'], /Allowed choices are bash, zsh, fish, powershell/],
+    [['config', 'keys', 'nothing at all'], /no key of a run file has "nothing at all"/],
   ])('%j is wrong usage', async (args, pattern) => {
     const { code, out, err } = await run(...args);
     expect(code).toBe(2);

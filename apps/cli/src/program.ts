@@ -2,11 +2,12 @@
  * The command line itself: commands, flags, help, and how errors and interruptions end a run. Each command is one file
  * of commands/, loaded only when it is called.
  */
+import { nearestNames } from '@lorikeet/tensor';
 import { Command, CommanderError } from 'commander';
 import pc from 'picocolors';
 import { z } from 'zod';
 import type { CommandContext, Runner } from './context.js';
-import { CliError, EXIT, explained, InterruptedError, ReportedError } from './errors.js';
+import { CliError, EXIT, explained, InterruptedError, ReportedError, UsageError } from './errors.js';
 import { type SignalSource, watchInterrupt } from './interrupt.js';
 import { addAdapterCommands } from './program/adapter.js';
 import { addFileCommands } from './program/files.js';
@@ -15,6 +16,7 @@ import { addSetupCommands } from './program/setup.js';
 import { withCommonFlags } from './program/shared.js';
 import { addTrainingCommands } from './program/training.js';
 import { addUsingCommands } from './program/using.js';
+import { quoted } from './text.js';
 import { colorsWanted, type Io, Ui } from './ui.js';
 import { version } from './version.js';
 
@@ -63,7 +65,11 @@ export async function runCli(args: readonly string[], options: RunOptions = {}):
     return EXIT.done;
   } catch (error) {
     // Help and version were asked for and have been printed; commander has printed what is wrong with the flags.
-    if (error instanceof CommanderError) return error.exitCode === 0 ? EXIT.done : EXIT.usage;
+    if (error instanceof CommanderError) {
+      if (error.exitCode === 0) return EXIT.done;
+      if (ui.json) ui.data({ error: { message: error.message.replace(/^error: /, '') } });
+      return EXIT.usage;
+    }
     ui.clear();
     reportError(error, ui, io, debug);
     return error instanceof CliError ? error.exitCode : EXIT.failed;
@@ -88,13 +94,14 @@ function reportError(error: unknown, ui: Ui, io: Io, debug: boolean): void {
   ui.data({ error: { message, ...(where === undefined ? {} : { where }), ...(fix === undefined ? {} : { fix }) } });
 }
 
-function buildProgram(io: Io, run: Runner): Command {
+/** The whole command line; `run` is what its actions go through. */
+export function buildProgram(io: Io, run: Runner): Command {
   const program = new Command('lorikeet');
   program
     .description('Fine-tunes Mistral-architecture language models on the GPU of this machine, through WebGPU.')
     .version(version(), '-V, --version', 'print the version')
     .helpOption('-h, --help', 'print help')
-    .helpCommand('help [command]', 'print help for a command')
+    .helpCommand(false)
     .exitOverride()
     .showHelpAfterError('(--help shows the flags)')
     .configureOutput({
@@ -107,6 +114,7 @@ function buildProgram(io: Io, run: Runner): Command {
       'after',
       `
 Examples:
+  lorikeet init sentiment                            a run file and rows to begin with
   lorikeet doctor                                    which GPU, and is it ready
   lorikeet bench                                     how fast it trains and generates
   lorikeet data preview -c run.yaml -n 3             what will be trained, token by token
@@ -128,5 +136,30 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
   addFileCommands(program, run);
   addAdapterCommands(program, run);
   addMachineCommands(program, run);
+  program
+    .command('help')
+    .description('Prints help for a command.')
+    .argument('[command...]', 'such as train, or data preview')
+    .action((names: string[]) => findCommand(program, names).outputHelp());
   return program;
+}
+
+/**
+ * A command by its words.
+ * @throws UsageError with the nearest name
+ */
+function findCommand(program: Command, names: readonly string[]): Command {
+  let found = program;
+  for (const name of names) {
+    const known = found.commands.map((command) => command.name());
+    const next = found.commands[known.indexOf(name)];
+    if (next === undefined) {
+      const near = nearestNames(name, known, 1)[0];
+      throw new UsageError(`unknown command ${quoted(names.join(' '))}`, {
+        fix: near === undefined ? '`lorikeet help` lists them.' : `Did you mean ${near}?`,
+      });
+    }
+    found = next;
+  }
+  return found;
 }

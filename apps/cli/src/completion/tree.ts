@@ -63,7 +63,7 @@ function walk(command: Command, path: string): CompletionCommand[] {
   const commands = command.commands.map((child) => ({ name: child.name(), description: child.description() }));
   const found: CompletionCommand = {
     path,
-    commands: path === '' ? [...commands, { name: 'help', description: 'print help for a command' }] : commands,
+    commands,
     flags: [...command.options.map(flagOf), { names: ['--help', '-h'], description: 'print help' }],
     argument: {
       path: args.some((arg) => isPath(arg.name()) || arg.name().startsWith('adapter')),

@@ -1,5 +1,7 @@
 /** What the commands of several groups have in common. */
 import { type Command, Option } from 'commander';
+import { ownName } from '../config-names.js';
+import { keyType } from '../config-schema.js';
 
 const jsonFlag = ['--json', 'machine-readable output alone on stdout; human text goes to stderr'] as const;
 const debugFlag = ['--debug', 'show the stack of an error'] as const;
@@ -15,6 +17,21 @@ export function addCommand(parent: Command, name: string, description: string, e
     'after',
     `\nExamples:\n${examples.replace(/^/gm, '  ')}`,
   );
+}
+
+/** What commands take that work on a run: keys of a run file, and the file. */
+export function withRunFile(command: Command): Command {
+  return command
+    .argument('[key=value...]', 'keys of the run file, dotted where they are nested; values are YAML')
+    .option('-c, --config <file>', 'run file (YAML)')
+    .configureOutput({
+      outputError: (text, write) => {
+        write(text);
+        const [, flag] = /unknown option '--([\w.-]+)/.exec(text) ?? [];
+        const key = flag === undefined ? '' : ownName(flag);
+        if (keyType(key) !== undefined) write(`(Keys of the run file are given without dashes: ${key}=VALUE)\n`);
+      },
+    });
 }
 
 /** Flags of commands that may download something. */
