@@ -100,7 +100,9 @@ export interface CalibrationContext {
   /** The data that the caller gave. */
   readonly data: readonly CalibrationBatch[];
   readonly seed: number;
+  /** Stops between two batches. */
   readonly signal?: AbortSignal | undefined;
+  /** Called with the number of batches that are done, and of all that there may be. */
   readonly onProgress?: ((done: number, total: number) => void) | undefined;
 }
 
