@@ -36,7 +36,7 @@ export async function withRunChatTemplate(
 export function requireChatTemplate(tokenizer: Tokenizer, where: string, fix: string): ChatTemplate {
   const template = tokenizer.chatTemplate();
   if (template !== undefined) return template;
-  const others = tokenizer.chatTemplateNames.map((name) => printable(name)).join(', ');
+  const others = [...tokenizer.chatTemplateSources.keys()].map((name) => printable(name)).join(', ');
   throw new UsageError(
     `the tokenizer has no chat template${others === '' ? '' : ` named default (it has ${others})`}, so the form in which the model reads messages is not known`,
     { where, fix },

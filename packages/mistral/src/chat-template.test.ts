@@ -138,7 +138,7 @@ describe('templates of a tokenizer', () => {
       { name: 'tool_use', template: 'b' },
     ];
     const tokenizer = Tokenizer.fromFiles(baseFiles({ chat_template: several }));
-    expect(tokenizer.chatTemplateNames).toEqual(['default', 'tool_use']);
+    expect([...tokenizer.chatTemplateSources.keys()]).toEqual(['default', 'tool_use']);
     expect(tokenizer.chatTemplate()?.render([]).text).toBe('<s>a');
     expect(tokenizer.chatTemplate('tool_use')?.render([]).text).toBe('b');
     const file = Tokenizer.fromFiles({ ...baseFiles({ chat_template: several }), chatTemplate: 'c' });

@@ -124,7 +124,11 @@ class AddedTokenSplitter {
         if (token === undefined) continue;
         let from = match.index;
         let to = from + match[0].length;
-        if (token.single_word && (wordBefore.test(text.slice(Math.max(0, from - 2), from)) || wordAfter.test(text.slice(to)))) continue;
+        if (
+          token.single_word &&
+          (wordBefore.test(text.slice(Math.max(0, from - 2), from)) || wordAfter.test(text.slice(to)))
+        )
+          continue;
         if (token.lstrip) while (from > done && spaceUnit.test(text.charAt(from - 1))) from--;
         if (token.rstrip) while (to < text.length && spaceUnit.test(text.charAt(to))) to++;
         if (from > done) sections.push({ from: done, to: from, token: undefined });
@@ -664,9 +668,9 @@ export class Tokenizer {
     return { tokenizer, added };
   }
 
-  /** The names of its chat templates; `default` is the one that is meant where none is named. */
-  get chatTemplateNames(): string[] {
-    return [...chatTemplateSources(this.#parts.config.chat_template).keys()];
+  /** Its chat templates by name, as they are stored; `default` is the one that is meant where none is named. */
+  get chatTemplateSources(): ReadonlyMap<string, string> {
+    return chatTemplateSources(this.#parts.config.chat_template);
   }
 
   /**
@@ -674,7 +678,7 @@ export class Tokenizer {
    * @throws ChatTemplateError when the template does not parse
    */
   chatTemplate(name = 'default'): ChatTemplate | undefined {
-    const source = chatTemplateSources(this.#parts.config.chat_template).get(name);
+    const source = this.chatTemplateSources.get(name);
     if (source === undefined) return undefined;
     const tokens = {
       ...Object.fromEntries(this.#parts.named),

@@ -80,7 +80,7 @@ export async function runChat(context: CommandContext, options: ChatCommandOptio
     const adapters = new AdapterSet(session.model);
     if (session.adapter !== undefined) await adapters.add(named[0].name, session.adapter);
     for (const [i, other] of others.entries()) {
-      const template = other.tokenizer?.chatTemplate()?.source;
+      const template = other.tokenizer?.chatTemplateSources.get('default');
       if (template !== undefined && template !== chat.source) {
         ui.warn(`the adapter ${named[i + 1].name} was trained with another chat template than the one that is used`);
       }

@@ -1,5 +1,5 @@
 /** `lorikeet export`: models and adapters as the files of other tools. */
-import { copyFile, mkdir, readFile, stat } from 'node:fs/promises';
+import { copyFile, mkdir, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { type GgufReport, writeMistralGguf } from '@lorikeet/mistral';
 import { type AdapterConfig, adapterWeightsFile, isLoraConfig, readLoraFile, writeMlxAdapter } from '@lorikeet/peft';
@@ -80,7 +80,9 @@ async function exportModel(context: CommandContext, options: ExportOptions): Pro
         report = await writeMistralGguf(session.model, tokenizer, sink, {
           type,
           name: basename(resolve(options.adapter ?? read.files.name)),
-          chatTemplate: await chatTemplate([read.adapterFiles?.folder, read.files.folder]),
+          chatTemplate: [tokenizer, read.files.tokenizer].flatMap(
+            (t) => t?.chatTemplateSources.get('default') ?? [],
+          )[0],
           preTokenizer: options.preTokenizer,
           onProgress: (done, total) => {
             progress ??= ui.progress('writing', { total, format: formatBytes });
@@ -197,18 +199,4 @@ async function writeNew(path: string, fill: (sink: ByteSink) => Promise<void>): 
   } catch (error) {
     throw errorCode(error) === undefined ? error : fileError(error, path, 'cannot write');
   }
-}
-
-/** The template that stands in a file of its own, where the tokenizer's settings have none. */
-async function chatTemplate(folders: readonly (string | undefined)[]): Promise<string | undefined> {
-  for (const folder of folders) {
-    if (folder === undefined) continue;
-    const path = join(folder, 'chat_template.jinja');
-    try {
-      return await readFile(path, 'utf8');
-    } catch (error) {
-      if (errorCode(error) !== 'ENOENT') throw fileError(error, path, 'cannot read');
-    }
-  }
-  return undefined;
 }

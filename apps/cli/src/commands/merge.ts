@@ -280,6 +280,9 @@ async function writeSideFiles(folder: string, { files, adapterFiles, vocabSize }
     const to = join(folder, name);
     // The adapter's tokenizer brings its own template, where there is one.
     if (own !== undefined && (await copyOptional(join(adapterFiles.folder, name), to))) continue;
+    // A template of the adapter's own is in its tokenizer's settings, and a file beside them would count before it.
+    const trained = own?.chatTemplateSources.get('default');
+    if (trained !== undefined && trained !== files.tokenizer?.chatTemplateSources.get('default')) continue;
     await copyOptional(join(files.folder, name), to);
   }
   if (own !== undefined) await writeTokenizer(folder, own);
