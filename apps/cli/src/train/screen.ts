@@ -162,12 +162,17 @@ export function showEnd(
   const out = shellQuoted(config.output_dir);
   const test = shellQuoted([config.validation_file ?? 'test.jsonl'].flat()[0]);
   const { template, rows } = frame.data;
-  const prompt = template.prompt(firstFields(rows.train[0].fields)).slice(0, 400);
+  const prompt = (): string => template.prompt(firstFields(rows.train[0].fields)).slice(0, 400);
   ui.line('try next:');
   for (const line of [
-    `lorikeet eval ${loaded} -c ${shellQuoted(join(config.output_dir, 'run.yaml'))} --data ${test}    # before`,
-    `lorikeet eval ${loaded} --adapter ${out} --data ${test}    # after`,
-    `lorikeet generate ${loaded} --adapter ${out} --temperature 0 --prompt ${shellQuoted(prompt)}`,
+    // Rows that must be prepared are conversations.
+    ...(template.prepare === undefined
+      ? [
+          `lorikeet eval ${loaded} -c ${shellQuoted(join(config.output_dir, 'run.yaml'))} --data ${test}    # before`,
+          `lorikeet eval ${loaded} --adapter ${out} --data ${test}    # after`,
+          `lorikeet generate ${loaded} --adapter ${out} --temperature 0 --prompt ${shellQuoted(prompt())}`,
+        ]
+      : [`lorikeet chat ${loaded} --adapter ${out}`]),
     // An adapter of LoftQ makes up for what the base loses in 4 bits: merged into what has lost nothing, that is an error.
     ...(loftq || !merges
       ? []
