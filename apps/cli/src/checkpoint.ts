@@ -292,6 +292,7 @@ const comparedByContent: ReadonlySet<string> = new Set<keyof Config>([
   'dataset_name',
   'dataset_config_name',
   'train_file',
+  'train_mixture',
   'validation_file',
   'prompt_template',
   'response_template',

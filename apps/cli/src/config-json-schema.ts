@@ -34,7 +34,7 @@ export function runJsonSchema(): JsonSchema {
       const name = nameAt(path);
       if (name === undefined) return;
       const meaning = keyMeaning(name);
-      if (meaning !== undefined) part.description = `${meaning}: ${part.description}`;
+      if (meaning !== undefined && part.description !== undefined) part.description = `${meaning}: ${part.description}`;
     },
   });
   const top = schema.properties ?? {};

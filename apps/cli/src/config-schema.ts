@@ -1,6 +1,8 @@
 /** The keys of a run file with what each takes and its default, and what a resolved run is. */
+import { type MixtureStopping, mixtureStoppings } from '@lorikeet/trainer';
 import { z } from 'zod';
 import { adapterSchemas, adapterShapes, type ChosenSection } from './config-adapter.js';
+import { type MixtureSet, mixtureSets } from './data-mixture.js';
 import { trainingShape, type TrainingKeys } from './config-training.js';
 import { count, isMap, names, stepsOrShare, text } from './config-types.js';
 import { type Destination, destinations } from './reporting/reporter.js';
@@ -30,6 +32,10 @@ export interface Config extends ChosenSection, TrainingKeys {
   /** Which part of a set that has several. */
   dataset_config_name: string | null;
   train_file: string | string[] | null;
+  /** Several sets of training rows in shares, in place of one. */
+  train_mixture: MixtureSet[] | null;
+  /** How many rows the mixture has. */
+  mixture_stopping: MixtureStopping;
   validation_file: string | string[] | null;
   /** Share of the training rows held out when there is no validation data. */
   validation_split: number;
@@ -106,6 +112,14 @@ const topShape = {
   dataset_name: text().nullable().default(null).describe('a hub id or a folder'),
   dataset_config_name: text().nullable().default(null).describe('a text'),
   train_file: names().nullable().default(null).describe('a file or a list of files'),
+  train_mixture: mixtureSets()
+    .nullable()
+    .default(null)
+    .describe('a list of sets like { train_file: a.jsonl, weight: 2 } or { dataset_name: owner/name, weight: 1 }'),
+  mixture_stopping: z
+    .enum(mixtureStoppings)
+    .default('first_exhausted')
+    .describe('first_exhausted (no row twice) or all_exhausted (every row at least once)'),
   validation_file: names().nullable().default(null).describe('a file or a list of files'),
   validation_split: z.number().min(0).lt(1).default(0.1).describe('a number from 0 to below 1'),
   prompt_template: text().nullable().default(null).describe('a text'),

@@ -382,17 +382,25 @@ function crossCheck(config: Config, reader: Reader): void {
   if (config.dataset_name !== null && config.train_file !== null) {
     complain('train_file', 'train_file and dataset_name are both set; keep one');
   }
+  if (config.train_mixture !== null && (config.dataset_name !== null || config.train_file !== null)) {
+    const other = config.dataset_name === null ? 'train_file' : 'dataset_name';
+    complain('train_mixture', `train_mixture and ${other} are both set; keep one`);
+  }
+  if (has('mixture_stopping') && config.train_mixture === null) {
+    complain('mixture_stopping', 'mixture_stopping needs train_mixture');
+  }
   if (config.dataset_config_name !== null && config.dataset_name === null) {
     complain('dataset_config_name', 'dataset_config_name needs dataset_name');
   }
   if (config.validation_file !== null && has('validation_split') && config.validation_split > 0) {
     complain('validation_split', 'validation_split and validation_file are both set; keep one');
   }
+  const sets = config.train_mixture ?? [config];
   if (
     config.eval_strategy !== 'no' &&
     config.validation_split === 0 &&
     config.validation_file === null &&
-    config.dataset_name === null
+    !sets.some(({ dataset_name }) => typeof dataset_name === 'string')
   ) {
     complain(
       'eval_strategy',

@@ -36,7 +36,8 @@ export function modelCard(content: CardContent): string {
   const { config, baseModel, steps, totalSteps, before, after, addedTokens } = content;
   const { title, format, words, modulesToSave: whole, section } = runAdapter(config);
   const dropout = config.lora === undefined ? '' : `, dropout ${formatNumber(config.lora.lora_dropout)}`;
-  const data = config.dataset_name ?? [config.train_file ?? []].flat().join(', ');
+  const sets = config.train_mixture ?? [config];
+  const data = sets.flatMap(({ dataset_name, train_file }) => dataset_name ?? train_file ?? []).join(', ');
   const front = [
     `library_name: ${format === 'PEFT' ? 'peft' : 'adapter-transformers'}`,
     ...(content.baseIsHubId ? [`base_model: ${JSON.stringify(baseModel)}`] : []),

@@ -17,6 +17,7 @@ import { requireChatTemplate, withRunChatTemplate } from './chat-templates.js';
 import type { Config, SpecialTokens } from './config.js';
 import type { CommandContext } from './context.js';
 import { type PlacedRow, readDataRows } from './data-files.js';
+import { type MixedSet, mixRows } from './data-mixture.js';
 import { UsageError } from './errors.js';
 import { resolveDataset } from './hub.js';
 import { type HubFlags, hubOptions } from './session.js';
@@ -29,6 +30,8 @@ export interface RunRows {
   readonly validation: readonly PlacedRow[];
   /** Where the validation rows come from. */
   readonly validationSource: 'file' | 'dataset' | 'split' | 'none';
+  /** Where the training rows are a mixture: what became of each set. */
+  readonly mixture?: readonly MixedSet[] | undefined;
 }
 
 /** Reads data files with progress. */
@@ -44,11 +47,44 @@ export async function readRows(context: CommandContext, paths: readonly string[]
 const asList = (value: string | readonly string[]): readonly string[] => (typeof value === 'string' ? [value] : value);
 
 /**
- * The training and validation rows of a run. Validation rows are those of `validation_file`, else the data set's own
- * validation split, else a seeded share of the training rows.
+ * The training and validation rows of a run. Each set of a mixture holds out its own, before it is mixed: a row that is repeated
+ * is never both.
  * @throws UsageError when the run names no data; CliError naming file and line of a broken row
  */
 export async function loadRows(context: CommandContext, config: Config, flags: HubFlags = {}): Promise<RunRows> {
+  const { train_mixture: sets, validation_file } = config;
+  if (sets === null) return loadSource(context, config, flags);
+  const parts: RunRows[] = [];
+  for (const { dataset_name = null, dataset_config_name = null, train_file = null } of sets) {
+    const data = { dataset_name, dataset_config_name, train_file, validation_file: null };
+    const validation_split = validation_file === null ? config.validation_split : 0;
+    parts.push(await loadSource(context, { ...config, ...data, validation_split }, flags));
+  }
+  const mixed = mixRows(
+    sets,
+    parts.map(({ train }) => train),
+    { seed: config.data_seed ?? config.seed, stopping: config.mixture_stopping },
+  );
+  const held =
+    validation_file === null
+      ? parts.flatMap(({ validation }) => validation)
+      : await readRows(context, asList(validation_file));
+  const sources = new Set(parts.map(({ validationSource }) => validationSource));
+  return {
+    train: mixed.rows,
+    validation: held,
+    validationSource:
+      validation_file !== null ? 'file' : held.length === 0 ? 'none' : sources.has('split') ? 'split' : 'dataset',
+    mixture: mixed.sets,
+  };
+}
+
+/**
+ * The training and validation rows of one source. Validation rows are those of `validation_file`, else the data set's own
+ * validation split, else a seeded share of the training rows.
+ * @throws UsageError when the run names no data; CliError naming file and line of a broken row
+ */
+async function loadSource(context: CommandContext, config: Config, flags: HubFlags): Promise<RunRows> {
   let trainFiles: readonly string[];
   let ownValidation: readonly string[] = [];
   if (config.dataset_name !== null) {

@@ -56,10 +56,11 @@ export function philox4x32(counter: PhiloxBlock, key: PhiloxKey): [number, numbe
 }
 
 /** Which words of a seed's number space are used for what, so that no two uses share numbers. */
-export const randomStreams: { readonly user: 0; readonly split: 1; readonly order: 2 } = {
+export const randomStreams: { readonly user: 0; readonly split: 1; readonly order: 2; readonly mixture: 3 } = {
   user: 0,
   split: 1,
   order: 2,
+  mixture: 3,
 };
 
 /** Refuses a seed that two's complement or floating point would fold onto another one. */

@@ -7,6 +7,7 @@ export * from './data.js';
 export * from './evaluation-watch.js';
 export * from './metrics.js';
 export * from './plateau.js';
+export * from './mixture.js';
 export * from './packing.js';
 export * from './sampler.js';
 export * from './schedule.js';

@@ -198,3 +198,53 @@ describe.skipIf(sharedDir() === undefined || !existsSync(data))(
     });
   },
 );
+
+describe('a mixture', () => {
+  const sets = async (stopping: string): Promise<DataPreviewReport> => {
+    const rows = (count: number, prompt: string): string =>
+      Array.from(
+        { length: count },
+        (_, i) =>
+          `${JSON.stringify({ prompt: `${prompt} ${'ab'.charAt(i % 2)}${'xyz'.charAt(i % 3)}`, completion: 'good' })}\n`,
+      ).join('');
+    await writeFile(join(folder, 'news.jsonl'), rows(40, 'news'));
+    await writeFile(join(folder, 'own.jsonl'), rows(10, 'own'));
+    const mixture = ['news', 'own'].map((name, i) => ({
+      train_file: join(folder, `${name}.jsonl`),
+      weight: 1 + 2 * i,
+    }));
+    const args = [base[0], `train_mixture=${JSON.stringify(mixture)}`, `mixture_stopping=${stopping}`];
+    const { code, out } = await run(...args, 'validation_split=0.2', '--json', '-n', '200');
+    expect(code).toBe(0);
+    const report: DataPreviewReport = JSON.parse(out);
+    return report;
+  };
+
+  it('has the shares of its sets, each without its held-out rows, and repeats none unless it must have all', async () => {
+    const first = await sets('first_exhausted');
+    // 8 of own.jsonl after its split are three quarters; a quarter is 3 of news.jsonl.
+    expect(first.mixture?.map(({ rows, taken }) => [rows, taken])).toEqual([
+      [32, 3],
+      [8, 8],
+    ]);
+    expect(first.training.rows).toBe(11);
+    expect(first.validation?.rows).toBe(10);
+    const where = first.rows.map((row) => row.where);
+    expect(new Set(where).size).toBe(11);
+    expect((await sets('first_exhausted')).rows).toEqual(first.rows);
+    const all = await sets('all_exhausted');
+    expect(all.mixture?.map(({ taken }) => taken)).toEqual([32, 96]);
+    expect(all.validation?.rows).toBe(10);
+    expect(new Set(all.rows.map((row) => row.where)).size).toBe(40);
+  });
+
+  it('is refused beside other data, and where a set names none', async () => {
+    const both = await run(...base, 'train_mixture=[{train_file: a.jsonl}]');
+    expect(both.code).toBe(2);
+    expect(both.err).toContain('train_mixture and train_file are both set; keep one');
+    const none = await run(base[0], 'train_mixture=[{weight: 2}]');
+    expect(none.err).toContain('train_mixture must be a list of sets like { train_file: a.jsonl, weight: 2 }');
+    const alone = await run(...base, 'mixture_stopping=all_exhausted');
+    expect(alone.err).toContain('mixture_stopping needs train_mixture');
+  });
+});

@@ -15,6 +15,7 @@ import {
 import { loadConfig } from '../config.js';
 import type { CommandContext } from '../context.js';
 import type { PlacedRow } from '../data-files.js';
+import { type MixedSet, mixtureText } from '../data-mixture.js';
 import { ReportedError, UsageError } from '../errors.js';
 import { resolveTokenizer } from '../hub.js';
 import { previewLegend, renderPreview, trainsItsEnd } from '../mask-preview.js';
@@ -56,6 +57,8 @@ export interface DataPreviewReport {
   readonly new_tokens: readonly { readonly token: string; readonly id: number }[];
   readonly validation_source: 'file' | 'dataset' | 'split' | 'none';
   readonly training: PartReport;
+  /** Where the training rows are a mixture: what became of each set. */
+  readonly mixture: readonly MixedSet[] | null;
   /** What `packing` makes of the training rows, where the run asks for it. */
   readonly packing: PackedRows | null;
   readonly validation: PartReport | null;
@@ -139,6 +142,7 @@ export async function runDataPreview(
     new_tokens: added.map(({ content, id }) => ({ token: content, id })),
     validation_source: rows.validationSource,
     training: training.part,
+    mixture: rows.mixture ?? null,
     packing: config.packing && training.dataset !== undefined ? packed(training.dataset, config.max_length) : null,
     validation: validation?.part ?? null,
     warnings: [...training.warnings, ...(validation?.warnings ?? [])],
@@ -204,6 +208,7 @@ function show(context: CommandContext, report: DataPreviewReport): void {
     table.push(line(`validation (${sources[report.validation_source]})`, report.validation));
   }
   ui.table(table, ['left', ...Array.from({ length: 8 }, () => 'right' as const)]);
+  if (report.mixture !== null) ui.line(`mixture: ${mixtureText(report.mixture)}`);
   if (report.packing !== null) ui.line(`packing: ${packingText(report.packing)}`);
   for (const { where, message } of report.problems.slice(0, shownProblems)) {
     ui.line(`${red(printable(where))}: ${printable(message, 400)}`);

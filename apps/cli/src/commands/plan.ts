@@ -59,7 +59,7 @@ export async function runPlan(
     cacheDir: config.cache_dir,
     weights: false,
   });
-  const hasData = config.train_file !== null || config.dataset_name !== null;
+  const hasData = config.train_file !== null || config.dataset_name !== null || config.train_mixture !== null;
   const data =
     options.data && hasData && files.tokenizer !== undefined
       ? await loadRunData(context, config, files.tokenizer)

@@ -4,6 +4,7 @@ import type { Mistral } from '@lorikeet/mistral';
 import type { Adapter } from '@lorikeet/peft';
 import { previewRow, type StepRecord } from '@lorikeet/trainer';
 import type { Overview } from '../../page/types.js';
+import { mixtureText } from '../data-mixture.js';
 import { dumpConfig } from '../config.js';
 import { runAdapter } from '../config-adapter.js';
 import { previewLegend, renderPreview } from '../mask-preview.js';
@@ -45,6 +46,7 @@ export function runFacts(frame: RunFrame, { model, adapter }: Trained, warmup: n
       'data',
       `${formatCount(trained.report.kept)} rows of at most ${formatCount(trained.report.longest)} tokens, ${((100 * trained.report.supervised) / trained.report.tokens).toFixed(1)} % of them trained; ${formatCount(validation?.report.kept ?? 0)} rows held out`,
     ],
+    ...mixture(frame),
     ...(config.packing ? [packing(frame)] : []),
     [
       'run',
@@ -53,6 +55,11 @@ export function runFacts(frame: RunFrame, { model, adapter }: Trained, warmup: n
     ['memory', `${formatBytes(frame.plan.peakBytes)} planned at the peak: ${partsInWords(frame.plan.parts)}`],
     ['a step', `${formatFlops(frame.plan.step.flops)} in ${formatCount(frame.plan.step.dispatches)} dispatches`],
   ];
+}
+
+function mixture({ data }: RunFrame): Overview['facts'] {
+  const { mixture: sets } = data.rows;
+  return sets === undefined ? [] : [['mixture', mixtureText(sets)]];
 }
 
 function packing({ data, config }: RunFrame): [name: string, value: string] {
