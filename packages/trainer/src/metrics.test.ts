@@ -1,8 +1,33 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { classificationMetrics, matchLabel } from './metrics.js';
+import { classificationMetrics, ConfusionCounter, matchLabel } from './metrics.js';
 
 const labels = ['negative', 'neutral', 'positive'];
+
+describe('ConfusionCounter', () => {
+  it('has the scores of the rows so far at any time', () => {
+    const counter = new ConfusionCounter(labels);
+    expect(counter.accuracy).toBeNaN();
+    expect(() => counter.metrics()).toThrow('no rows to score');
+    const rows = [
+      ['negative', 'negative'],
+      ['neutral', null],
+      ['positive', 'negative'],
+    ] as const;
+    for (const [i, [truth, answer]] of rows.entries()) {
+      counter.add(truth, answer);
+      const so = rows.slice(0, i + 1);
+      const whole = classificationMetrics(
+        so.map(([right]) => right),
+        so.map(([, given]) => given),
+        labels,
+      );
+      expect(counter.metrics()).toEqual(whole);
+      expect(counter.accuracy).toBe(1 / (i + 1));
+    }
+    expect(() => counter.add('odd', 'neutral')).toThrow('row 4 has the right label "odd"');
+  });
+});
 
 describe('classificationMetrics', () => {
   it('a table counted by hand, with invalid answers', () => {

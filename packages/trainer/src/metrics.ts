@@ -33,6 +33,94 @@ export interface ClassificationMetrics {
   readonly confusion: readonly (readonly number[])[];
 }
 
+const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
+const ratio = (part: number, whole: number): number => (whole === 0 ? 0 : part / whole);
+
+/** Counts answers as they come: scores are there at any time, and no rows are held. */
+export class ConfusionCounter {
+  readonly #labels: readonly string[];
+  readonly #indexOf: ReadonlyMap<string, number>;
+  /** Rows: right class; columns: answered class, the last one invalid. */
+  readonly #counts: readonly number[][];
+  #count = 0;
+  #correct = 0;
+
+  /**
+   * @param labels the classes, in the order of the table
+   * @throws RangeError for no labels, or repeated ones
+   */
+  constructor(labels: readonly string[]) {
+    this.#labels = [...labels];
+    this.#indexOf = new Map(labels.map((label, i) => [label, i]));
+    if (labels.length === 0 || this.#indexOf.size !== labels.length) {
+      throw new RangeError(
+        `classification: labels must be at least one and all different; got ${JSON.stringify(labels)}`,
+      );
+    }
+    this.#counts = labels.map(() => Array.from({ length: labels.length + 1 }, () => 0));
+  }
+
+  /** Share of right answers so far; NaN before the first. */
+  get accuracy(): number {
+    return this.#correct / this.#count;
+  }
+
+  /**
+   * Counts one row.
+   * @param truth its right label
+   * @param answer undefined, null and texts that are no label are invalid
+   * @throws RangeError where the right label is unknown
+   */
+  add(truth: string, answer: string | null | undefined): void {
+    const i = this.#indexOf.get(truth);
+    if (i === undefined) {
+      throw new RangeError(
+        `classification: row ${this.#count + 1} has the right label ${JSON.stringify(truth)}, which is none of ${this.#labels.join(', ')}`,
+      );
+    }
+    const j = typeof answer === 'string' ? this.#indexOf.get(answer) : undefined;
+    this.#counts[i][j ?? this.#labels.length]++;
+    this.#count++;
+    if (i === j) this.#correct++;
+  }
+
+  /**
+   * All scores of the rows so far.
+   * @throws RangeError before the first row
+   */
+  metrics(): ClassificationMetrics {
+    if (this.#count === 0) throw new RangeError('classification: there are no rows to score');
+    const labels = this.#labels;
+    const confusion = this.#counts.map((row) => [...row]);
+    const classes = labels.map((label, i): ClassScores => {
+      const hits = confusion[i][i];
+      const support = sum(confusion[i]);
+      const predicted = sum(confusion.map((row) => row[i]));
+      return {
+        label,
+        precision: ratio(hits, predicted),
+        recall: ratio(hits, support),
+        f1: ratio(2 * hits, predicted + support),
+        support,
+        predicted,
+      };
+    });
+    const invalid = sum(confusion.map((row) => row[labels.length]));
+    return {
+      count: this.#count,
+      correct: this.#correct,
+      accuracy: this.accuracy,
+      macroF1: sum(classes.map((c) => c.f1)) / labels.length,
+      weightedF1: sum(classes.map((c) => c.f1 * c.support)) / this.#count,
+      invalid,
+      invalidShare: invalid / this.#count,
+      labels: [...labels],
+      classes,
+      confusion,
+    };
+  }
+}
+
 /**
  * Accuracy, F1 and the confusion table. F1 is that of scikit-learn's `f1_score(truth, answers, labels=labels, zero_division=0)`,
  * with invalid answers as a class of their own outside `labels`: they lower recall, never precision.
@@ -48,57 +136,11 @@ export function classificationMetrics(
   labels: readonly string[],
 ): ClassificationMetrics {
   if (truth.length !== answers.length) {
-    throw new RangeError(`classificationMetrics: ${truth.length} right labels but ${answers.length} answers`);
+    throw new RangeError(`classification: ${truth.length} right labels but ${answers.length} answers`);
   }
-  if (truth.length === 0) throw new RangeError('classificationMetrics: there are no rows to score');
-  const indexOf = new Map(labels.map((label, i) => [label, i]));
-  if (labels.length === 0 || indexOf.size !== labels.length) {
-    throw new RangeError(
-      `classificationMetrics: labels must be at least one and all different; got ${JSON.stringify(labels)}`,
-    );
-  }
-  const confusion = labels.map(() => Array.from({ length: labels.length + 1 }, () => 0));
-  truth.forEach((label, row) => {
-    const i = indexOf.get(label);
-    if (i === undefined) {
-      throw new RangeError(
-        `classificationMetrics: row ${row + 1} has the right label ${JSON.stringify(label)}, which is none of ${labels.join(', ')}`,
-      );
-    }
-    const answer = answers[row];
-    const j = typeof answer === 'string' ? indexOf.get(answer) : undefined;
-    confusion[i][j ?? labels.length]++;
-  });
-  const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
-  const ratio = (part: number, whole: number): number => (whole === 0 ? 0 : part / whole);
-  const classes = labels.map((label, i): ClassScores => {
-    const hits = confusion[i][i];
-    const support = sum(confusion[i]);
-    const predicted = sum(confusion.map((row) => row[i]));
-    return {
-      label,
-      precision: ratio(hits, predicted),
-      recall: ratio(hits, support),
-      f1: ratio(2 * hits, predicted + support),
-      support,
-      predicted,
-    };
-  });
-  const count = truth.length;
-  const correct = sum(labels.map((_, i) => confusion[i][i]));
-  const invalid = sum(confusion.map((row) => row[labels.length]));
-  return {
-    count,
-    correct,
-    accuracy: correct / count,
-    macroF1: sum(classes.map((c) => c.f1)) / labels.length,
-    weightedF1: sum(classes.map((c) => c.f1 * c.support)) / count,
-    invalid,
-    invalidShare: invalid / count,
-    labels: [...labels],
-    classes,
-    confusion,
-  };
+  const counter = new ConfusionCounter(labels);
+  for (const [row, label] of truth.entries()) counter.add(label, answers[row]);
+  return counter.metrics();
 }
 
 /**

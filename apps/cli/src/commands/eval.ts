@@ -4,6 +4,7 @@ import { generate, type ResolvedGenerationConfig, resolveGenerationConfig, type 
 import {
   type ClassificationMetrics,
   classificationMetrics,
+  ConfusionCounter,
   DataError,
   encodePrompt,
   prepareRows,
@@ -86,6 +87,12 @@ export async function runEval(context: CommandContext, options: EvalOptions): Pr
     );
   }
 
+  const penalty = read.files.generationConfig?.['repetition_penalty'];
+  if (penalty !== undefined && penalty !== null && penalty !== 1) {
+    ui.warn(
+      `the model's generation_config.json has repetition_penalty: ${quoted(penalty)}; labels are answered without it, since it would count those that stand in the prompt as repeated`,
+    );
+  }
   const session = await openSession(context, options, { ...read, tokenizer });
   try {
     const began = performance.now();
@@ -107,7 +114,7 @@ export async function runEval(context: CommandContext, options: EvalOptions): Pr
           batchSize: options.batchSize,
           pad,
         })
-      : await generateAnswers(context, session, rows, tokenize, { labels: classes, options, tokenizer });
+      : await generateAnswers(context, session, rows, tokenize, { labels: classes, truths, options, tokenizer });
     const metrics = classificationMetrics(
       truths,
       answers.map((answer) => answer.label),
@@ -156,15 +163,22 @@ async function generateAnswers(
   tokenize: TokenizeOptions,
   {
     labels,
+    truths,
     options,
     tokenizer,
-  }: { readonly labels: readonly string[]; readonly options: EvalOptions; readonly tokenizer: Tokenizer },
+  }: {
+    readonly labels: readonly string[];
+    readonly truths: readonly string[];
+    readonly options: EvalOptions;
+    readonly tokenizer: Tokenizer;
+  },
 ): Promise<Answer[]> {
   const { ui, signal } = context;
   const config = answerConfig(tokenize, tokenizer, options.maxNewTokens);
   const prompts = rows.map((row, index) => ({ index, ids: encodePrompt(row, tokenize, index).ids }));
   prompts.sort((a, b) => b.ids.length - a.ids.length || a.index - b.index);
   const answers: Answer[] = [];
+  const counter = new ConfusionCounter(labels);
   const progress = ui.progress('answering', { total: rows.length });
   try {
     for (let from = 0; from < prompts.length; from += options.batchSize) {
@@ -178,9 +192,11 @@ async function generateAnswers(
         // From the new ids alone, special tokens shown: an answer with one inside it is no answer.
         const said = finish === 'eos' ? ids.slice(0, -1) : ids;
         const answer = finish === 'stop' ? (text ?? '') : tokenizer.decode(said, { skipSpecialTokens: false });
-        answers[batch[i].index] = { text: answer, label: matchLabel(answer, labels) };
+        const label = matchLabel(answer, labels);
+        answers[batch[i].index] = { text: answer, label };
+        counter.add(truths[batch[i].index], label);
       }
-      progress.update(from + batch.length);
+      progress.update(from + batch.length, `accuracy ${counter.accuracy.toFixed(3)}`);
     }
     return answers;
   } finally {
