@@ -195,9 +195,11 @@ describe('a server that does not answer', () => {
     expect(said.said()).toMatch(/wandb: .*ECONNREFUSED.*; the run goes on, .*: lorikeet sync /);
     expect(await readRecord(folder)).toMatchObject({ arrived: 0, exit_code: 0, finished: false });
     await expectNoKey();
-    await expect(runSync(context(), folder)).rejects.toThrow(
-      /cannot be reached.*0 of 5 lines are there.*sends the rest/,
+    await expect(runSync(context(env({ WANDB_BASE_URL: 'http://localhost:1' })), folder)).rejects.toThrow(
+      /http:\/\/localhost:1 cannot be reached.*0 of 5 lines are there.*sends the rest/,
     );
+    // An address at which nobody was is not kept.
+    expect(await readRecord(folder)).toMatchObject({ server: server.url, finished: false });
     await server.open();
     const later = context();
     await runSync(later, folder);
@@ -251,6 +253,14 @@ describe('a server that does not answer', () => {
     expect(Date.now() - start).toBeLessThan(3000);
     expect(warnings(said.said())).toBe(1);
     expect(said.said()).toMatch(/0 of 3 lines have arrived; the run goes on/);
+    // Ctrl-C ends a sync that waits.
+    const stop = new AbortController();
+    const syncing = runSync(context(env(), stop.signal), folder);
+    setTimeout(() => stop.abort(), 300);
+    await expect(syncing).rejects.toMatchObject({
+      exitCode: 130,
+      message: expect.stringMatching(/^stopped; 0 of 3 lines are there\. lorikeet sync /),
+    });
     server.fate = () => 'answered';
     await runSync(context(), folder);
     expectLines(3);
@@ -340,8 +350,7 @@ describe('the process', () => {
       expect(warnings(said.said())).toBe(1);
       expect(said.said()).toContain('its SDK is missing: npm install @wandb/sdk graphql');
       await expect(runSync(context(), folder, main)).rejects.toThrow(/npm install @wandb\/sdk graphql; 0 of 3 lines/);
-      await runSync(context(), folder);
-      expectLines(3);
+      expect(await readRecord(folder)).toMatchObject({ arrived: 0, exit_code: 0, finished: false });
     } finally {
       await rm(dirname(main), { recursive: true });
     }
@@ -374,7 +383,7 @@ await import(${JSON.stringify(childEntry)});
     expect(warnings(said.said())).toBe(0);
   });
 
-  it('that is killed costs one warning, and what it had not sent', async () => {
+  it('that is killed costs one warning', async () => {
     const said = context();
     const reporter = await open(said, { entry: await withId() });
     await until(() => said.said().includes(server.url));
@@ -383,8 +392,7 @@ await import(${JSON.stringify(childEntry)});
     await report(reporter, 1, 3);
     await reporter.end('done');
     expect(warnings(said.said())).toBe(1);
-    await runSync(context(), folder);
-    expectLines(3);
+    expect(await readRecord(folder)).toMatchObject({ arrived: 0, exit_code: 0, finished: false });
   });
 
   it('that cannot be started is one warning', async () => {
@@ -394,24 +402,6 @@ await import(${JSON.stringify(childEntry)});
     await reporter.end('done');
     expect(warnings(said.said())).toBe(1);
     expect(said.said()).toContain('its process ended early (exit code 1)');
-  });
-
-  it('sync stops at Ctrl-C, and goes on from there', async () => {
-    server.fate = (count) => (count === 0 ? 'answered' : 'silent');
-    const reporter = await open(context(), { most: 300 });
-    await report(reporter, 1, 3);
-    await until(async () => (await readRecord(folder))?.arrived === 2);
-    await reporter.end('done');
-    const stop = new AbortController();
-    const syncing = runSync(context(env(), stop.signal), folder);
-    setTimeout(() => stop.abort(), 300);
-    await expect(syncing).rejects.toMatchObject({
-      exitCode: 130,
-      message: expect.stringMatching(/2 of 3 lines are there/),
-    });
-    server.fate = () => 'answered';
-    await runSync(context(), folder);
-    expectLines(3);
   });
 });
 
@@ -458,7 +448,7 @@ describe('the command line', () => {
 
   it('reports a run while it goes on, and leaves the key nowhere', async () => {
     const run = await cli(train('max_steps=4'), { env: env() });
-    expect(run.err).not.toContain('warning');
+    expect(run.err).not.toMatch(/warning|error/);
     expect(run.code).toBe(0);
     expect(server.run()).toMatchObject({ displayName: 'tiny', exitCode: 0 });
     expect(server.run().config).toMatchObject({ max_steps: { value: 4 }, lora: { value: { r: 4 } } });

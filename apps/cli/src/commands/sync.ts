@@ -8,7 +8,7 @@ import { logEntries, logFile } from '../reporting/json-lines.js';
 import { lockRun } from '../run-lock.js';
 import { formatCount, printable, shellQuoted } from '../text.js';
 import { HistoryLines } from '../wandb/history.js';
-import { placed, readRecord, recordFile, runUrl, type WandbRecord, writeRecord } from '../wandb/record.js';
+import { placed, readRecord, recordFile, runUrl, type WandbRecord } from '../wandb/record.js';
 import { WandbSession } from '../wandb/session.js';
 import { wandbSettings } from '../wandb/settings.js';
 
@@ -90,7 +90,6 @@ async function send(
     progress.done();
   }
   const now = session.record;
-  await writeRecord(folder, now);
   const state = `${formatCount(now.arrived)} of ${formatCount(total)} lines are there`;
   const again = `lorikeet sync ${shellQuoted(folder)} sends the rest.`;
   if (now.arrived === total && now.finished) {
