@@ -15,7 +15,9 @@ import {
   later,
   laterValues,
   noops,
-  sectionAliases,
+  ownName,
+  ownSection,
+  splitOnce,
   suggestions,
 } from './config-names.js';
 import { type Config, configSchema, isSection, keyNames, keyType } from './config-schema.js';
@@ -137,23 +139,6 @@ class Reader {
       nearestNames(wanted, known, 1)[0];
     return found === undefined ? '; `lorikeet train --help` lists the keys' : `; did you mean ${found}?`;
   }
-}
-
-function splitOnce(name: string): [string, string | undefined] {
-  const dot = name.indexOf('.');
-  return dot === -1 ? [name, undefined] : [name.slice(0, dot), name.slice(dot + 1)];
-}
-
-/** The name here of a key that is spelled otherwise, by other tools or with hyphens. */
-function ownName(spelled: string): string {
-  const [first, key] = splitOnce(spelled.replaceAll('-', '_'));
-  const name = key === undefined ? first : `${ownSection(first)}.${key}`;
-  return Object.hasOwn(aliases, name) ? (aliases[name] ?? name) : name;
-}
-
-/** The same of a section. */
-function ownSection(spelled: string): string {
-  return Object.hasOwn(sectionAliases, spelled) ? (sectionAliases[spelled] ?? spelled) : spelled;
 }
 
 /** The keys of a parsed map by dotted name; sections are opened, other maps are values. An adapter's section has an entry of its own. */
@@ -386,7 +371,8 @@ function crossCheck(config: Config, reader: Reader): void {
     const other = config.dataset_name === null ? 'train_file' : 'dataset_name';
     complain('train_mixture', `train_mixture and ${other} are both set; keep one`);
   }
-  if (has('mixture_stopping') && config.train_mixture === null) {
+  // A resolved run holds the default, too.
+  if (config.mixture_stopping !== 'first_exhausted' && config.train_mixture === null) {
     complain('mixture_stopping', 'mixture_stopping needs train_mixture');
   }
   if (config.dataset_config_name !== null && config.dataset_name === null) {
@@ -515,6 +501,8 @@ export function dumpConfig(config: Config): string {
     } else if (name === 'report_to' && Array.isArray(value) && value.length === 0) shown[name] = 'none';
     // The default beside a validation file says nothing, and written out it would contradict the file.
     else if (name === 'validation_split' && config.validation_file !== null && config.validation_split > 0) continue;
+    // Of one set of rows it says nothing either.
+    else if (name === 'mixture_stopping' && config.train_mixture === null) continue;
     else if (value !== null && value !== undefined) shown[name] = value;
   }
   return stringify(shown, { lineWidth: 0 });
