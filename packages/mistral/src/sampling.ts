@@ -221,7 +221,10 @@ export interface LogitsProcessor {
   apply(scores: Float32Array, state: RowState): void;
 }
 
-/** Every id that occurs in the row, once: a score below 0 times the penalty, any other divided by it. */
+/**
+ * Every id that occurs in the row, prompt included, once: a score below 0 times the penalty, any other divided by it (Keskar et
+ * al., "CTRL", 2019). 1 changes nothing, above 1 repeats less.
+ */
 export function repetitionPenalty(penalty: number): LogitsProcessor {
   const factor = Math.fround(penalty);
   return {
@@ -251,7 +254,7 @@ export function minNewTokens(least: number, eosTokenIds: readonly number[]): Log
   };
 }
 
-/** Divides by the temperature. */
+/** Divides scores by the temperature: below 1 the likely becomes likelier, above 1 less so. */
 export function temperature(value: number): LogitsProcessor {
   const divisor = Math.fround(value);
   return {

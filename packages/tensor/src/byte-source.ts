@@ -43,7 +43,7 @@ export interface SinkFolder {
   create(fileName: string): Promise<ByteSink>;
 }
 
-/** A source over bytes in memory. The bytes are not copied: reads are views. */
+/** A source over bytes in memory. The bytes are not copied: reads are views. Reading beyond them is a RangeError. */
 export function memorySource(bytes: Uint8Array, name = 'memory'): ByteSource {
   return {
     name,

@@ -121,7 +121,11 @@ export function f16Value(bits: number): number {
   return sign * (mantissa + 1024) * 2 ** (exponent - 25);
 }
 
-/** Packs host values into the stored layout. */
+/**
+ * Packs host values into the stored layout: rows padded with zeros to their pitch, f16 rounded to the nearest.
+ *
+ * @throws DTypeError for NF4, which is made on the device by `quantize`
+ */
 export function encode(data: ArrayLike<number>, shape: readonly number[], dtype: DType): Uint8Array<ArrayBuffer> {
   if (isQuantized(dtype)) {
     throw new DTypeError(

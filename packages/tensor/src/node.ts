@@ -15,7 +15,11 @@ import type { CheckpointOptions, TensorEntry, TensorFile } from './safetensors.j
 /** One read or write of the file system moves at most this many bytes (the system's own limit is 2 GiB). */
 const maxTransfer = 2 ** 30;
 
-/** Opens a file for reading by ranges. The file stays open until `close`. */
+/**
+ * Opens a file for reading by ranges. The file stays open until `close`.
+ *
+ * @throws LorikeetError when the path is no file; Node's own error when it cannot be opened
+ */
 export async function openFile(path: string): Promise<ByteSource> {
   const handle = await open(path, 'r');
   try {

@@ -134,7 +134,7 @@ export interface Recorder {
 
 let recorder: Recorder | undefined;
 
-/** The recorder that hears of ops now. */
+/** The recorder that hears of ops now, such as a tape; undefined where none does. */
 export function currentRecorder(): Recorder | undefined {
   return recorder;
 }
@@ -181,7 +181,11 @@ function unheard<T>(fn: () => T): T {
   return withRecorder(undefined, () => withOpObserver(undefined, fn));
 }
 
-/** Declares an op. Export a function that calls `run`. */
+/**
+ * Declares an op: its contract is parsed here, and checked against the inputs of every run. Export a function that calls `run`.
+ *
+ * @throws an error that shows the place when the contract cannot be parsed
+ */
 export function defineOp<A>(spec: OpSpec<A>): Op<A> {
   const parsed = parseContract(spec.contract);
   return { ...spec, parsed, run: (inputs, attrs) => runOp(spec, parsed, inputs, attrs) };

@@ -28,6 +28,7 @@ export function joinRows(parts: readonly Tensor[]): Tensor {
 /**
  * Overwrites rows of a float matrix [O, D], in parts or whole.
  * @param values of whole rows, the first of which is row `row`
+ * @throws ShapeError when they are no whole rows or reach beyond the last
  */
 export function writeRows(matrix: Tensor, row: number, values: Float32Array): void {
   const { dtype, columns, device } = matrix;

@@ -233,6 +233,8 @@ export class Quantizer {
  * value, a code the count of midpoints strictly below x / scale; the scales less their mean are quantised by 256 to the
  * nearest values of the dynamic map. x: [O, D] in f32 or f16, D a multiple of 8 -> [O, D] in nf4. Values must be finite.
  * No gradient passes.
+ *
+ * @throws DTypeError and ShapeError for another type or shape
  */
 export function quantize(x: Tensor, dtype: 'nf4', options: QuantizeOptions = {}): Tensor {
   if (dtype !== 'nf4') throw new DTypeError(`quantize: to ${String(dtype)}; only 'nf4' is made`);
@@ -258,7 +260,11 @@ const dequantizeOp: Op<{ readonly dtype: 'f32' | 'f16' }> = defineOp<{ readonly 
   },
 });
 
-/** The matrix as f32 (default), which holds exactly what kernels compute with, or f16. x: [O, D] in NF4 -> [O, D]. */
+/**
+ * The matrix as f32 (default), which holds exactly what kernels compute with, or f16. x: [O, D] in NF4 -> [O, D].
+ *
+ * @throws DTypeError when x is not in 4 bits
+ */
 export function dequantize(x: Tensor, dtype: 'f32' | 'f16' = 'f32'): Tensor {
   if (!isQuantized(x.dtype)) throw new DTypeError(`dequantize: x is ${x.dtype}, not nf4; use cast(x, '${dtype}')`);
   return dequantizeOp.run([x], { dtype })[0];

@@ -245,7 +245,9 @@ export interface SampleState {
 
 /**
  * Chooses a token of each row of logits, f32 [B, V], after transformers' processors in their order: repetition penalty,
- * barred tokens, temperature, top-k, top-p, min-p. Probabilities are f32.
+ * barred tokens, temperature, top-k, top-p, min-p. Probabilities are f32. The choice goes into `state`.
+ *
+ * @throws ShapeError when the state was made for fewer rows or a smaller vocabulary
  */
 export function sample(logits: Tensor, state: SampleState, options: SampleOptions): void {
   const { draw, temperature, topK, topP, minP, penalty, barred } = options;
