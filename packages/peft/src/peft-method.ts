@@ -156,7 +156,11 @@ export interface PeftMethod {
 
 const methods = new Map<string, PeftMethod>();
 
-/** Makes a method known by its name. Researchers call it from outside the package in the same way. */
+/**
+ * Makes a method known by its name, `peft_type`. Researchers call it from outside the package in the same way.
+ *
+ * @throws AdapterError when there is a method of that name
+ */
 export function definePeft(method: PeftMethod): PeftMethod {
   if (methods.has(method.name)) throw new AdapterError(`definePeft: there is a method named ${method.name} already`);
   methods.set(method.name, method);
