@@ -184,7 +184,7 @@ function unheard<T>(fn: () => T): T {
 /**
  * Declares an op: its contract is parsed here, and checked against the inputs of every run. Export a function that calls `run`.
  *
- * @throws an error that shows the place when the contract cannot be parsed
+ * @throws ShapeError when the contract cannot be parsed
  */
 export function defineOp<A>(spec: OpSpec<A>): Op<A> {
   const parsed = parseContract(spec.contract);
