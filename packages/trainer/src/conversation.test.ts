@@ -69,7 +69,7 @@ describe('conversations', () => {
   it('ask as they train: the ids of a prompt are those before the answer', () => {
     const whole = tokenizeExample(row({ messages: talk }), { tokenizer, template });
     const { ids } = encodePrompt(row({ messages: talk }), { tokenizer, template });
-    expect(ids).toEqual([...whole.ids.slice(0, whole.promptTokens)]);
+    expect(ids).toEqual(Array.from(whole.ids.subarray(0, whole.promptTokens)));
     const [prepared] = prepareRows([row({ messages: talk })], template);
     expect(prepareRows([prepared], template)[0]).toBe(prepared);
     const other = { ...prepared, fields: { ...prepared.fields, completion: 'No.' } };
