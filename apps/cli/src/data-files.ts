@@ -5,12 +5,14 @@
 import { createReadStream } from 'node:fs';
 import { stat } from 'node:fs/promises';
 import { extname } from 'node:path';
+import { isDeepJson } from '@lorikeet/tensor';
 import type { DataRow, RowSource } from '@lorikeet/trainer';
 import { CsvError, parse as parseCsv } from 'csv-parse';
 import { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } from 'hyparquet';
 import { compressors } from 'hyparquet-compressors';
 import { CliError, errorMessage, fileError } from './errors.js';
 import { scanJson } from './json-scan.js';
+import { checkRowGroup } from './parquet-check.js';
 import { printable, quoted } from './text.js';
 
 /** A value of a data row: what JSON can hold. */
@@ -193,6 +195,10 @@ function isRecord(value: unknown): value is Record<string, DataValue> {
   return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
 
+function refuseDeep(text: string, where: string): void {
+  if (isDeepJson(text)) throw new CliError('lists and objects lie too deep in one another', { where });
+}
+
 async function* readJsonLines(path: string, options: ReadDataOptions): AsyncGenerator<PlacedRow> {
   let pending = '';
   let line = 0;
@@ -214,6 +220,7 @@ async function* readJsonLines(path: string, options: ReadDataOptions): AsyncGene
         },
       );
     }
+    refuseDeep(text, `${path}:${line}`);
     return asRow(value, path, line);
   };
   for await (const text of readText(path, options)) {
@@ -247,6 +254,7 @@ async function* readJsonArray(path: string, options: ReadDataOptions): AsyncGene
   for await (const piece of readText(path, options)) text += piece;
   // A byte-order mark would shift the places by one; a space in its stead does not.
   if (text.startsWith('\uFEFF')) text = ` ${text.slice(1)}`;
+  refuseDeep(text, path);
   const items: { start: number; end: number }[] = [];
   const fault = scanJson(text, (item) => items.push(item));
   if (fault !== undefined) {
@@ -365,26 +373,31 @@ function checkHeader(names: string[], where: string, delimiter: string): string[
 
 async function* readParquet(path: string, options: ReadDataOptions): AsyncGenerator<PlacedRow> {
   const fail = (error: unknown): CliError =>
-    error instanceof CliError
-      ? error
-      : new CliError(`cannot read this Parquet file: ${printable(errorMessage(error))}`, {
-          where: path,
-          fix: 'Is it whole? A broken-off download ends without the file’s footer.',
-          cause: error,
-        });
+    new CliError(`cannot read this Parquet file: ${printable(errorMessage(error))}`, {
+      where: path,
+      fix: 'Is it whole? A broken-off download ends without the file’s footer.',
+      cause: error,
+    });
   const file = await asyncBufferFromFile(path).catch((error: unknown) => {
     throw fail(error);
   });
   const metadata = await parquetMetadataAsync(file).catch((error: unknown) => {
     throw fail(error);
   });
-  const names = parquetSchema(metadata).children.map((child) => child.element.name);
+  let schema: ReturnType<typeof parquetSchema>;
+  try {
+    schema = parquetSchema(metadata);
+  } catch (error) {
+    throw fail(error);
+  }
+  const names = schema.children.map((child) => child.element.name);
   let start = 0;
   for (const group of metadata.row_groups) {
     // One row group at a time bounds memory by what the writer chose.
     const end = start + Number(group.num_rows);
     let rows: Record<string, unknown>[];
     try {
+      await checkRowGroup(file, schema, group);
       rows = await parquetReadObjects({ file, metadata, compressors, rowStart: start, rowEnd: end });
     } catch (error) {
       throw fail(error);

@@ -132,6 +132,12 @@ export function locateUpdates(config: LoraConfig, file: TensorFile): LocatedUpda
       continue;
     }
     const [inputs, outputs] = [shapeA[1], shapeB[0]];
+    if (magnitude !== undefined && file.info(magnitude).shape.join() !== String(outputs)) {
+      problems.push(
+        `${path}: lora_magnitude_vector is [${file.info(magnitude).shape.join(', ')}], but must be [${outputs}]`,
+      );
+      continue;
+    }
     updates.push({ path, r, alpha, scaling, inputs, outputs, names: { A, B, magnitude } });
   }
   return { updates, others, problems };

@@ -3,7 +3,7 @@
  * and merging are the same for all of them.
  */
 import { type CalibrationBatch, Layer, type Module } from '@lorikeet/nn';
-import { type Device, type JsonObject, keep, parseJsonObject, type Tensor } from '@lorikeet/tensor';
+import { type Device, type JsonObject, keep, parseJsonObject, quoted, type Tensor } from '@lorikeet/tensor';
 import { weightsFile } from './adapter-folder.js';
 import { type AdapterConfig, AdapterError } from './format.js';
 import type { ModuleInfo } from './targets.js';
@@ -174,9 +174,7 @@ export function definePeft(method: PeftMethod): PeftMethod {
 export function methodOf(type: string, where = ''): PeftMethod {
   const method = methods.get(type);
   if (method !== undefined) return method;
-  throw new AdapterError(
-    `${where}peft_type ${JSON.stringify(type)} is not known; known are ${[...methods.keys()].join(', ')}`,
-  );
+  throw new AdapterError(`${where}peft_type ${quoted(type)} is not known; known are ${[...methods.keys()].join(', ')}`);
 }
 
 /**

@@ -66,6 +66,7 @@ export {
   FormatError,
   formatJson,
   integersOf,
+  isDeepJson,
   isJsonArray,
   isJsonObject,
   JsonFields,

@@ -57,7 +57,7 @@ const maxDepth = 200;
  * @throws FormatError that names the position or the duplicate key
  */
 export function parseJson(text: string, where: string): JsonValue {
-  if (isDeep(text)) {
+  if (isDeepJson(text)) {
     throw new FormatError(
       `${where}: its lists and objects lie deeper in one another than ${maxDepth}; that is not read`,
     );
@@ -84,8 +84,11 @@ export function parseJsonObject(text: string, where: string): JsonObject {
   return value;
 }
 
-/** Whether brackets outside of strings are open deeper than is read; of a text that may be no JSON. */
-function isDeep(text: string): boolean {
+/**
+ * Whether the lists and objects of a JSON text lie deeper in one another than is read (200); of a text that may be no JSON.
+ * `JSON.parse` takes any depth, but what goes over the values then runs out of stack.
+ */
+export function isDeepJson(text: string): boolean {
   let depth = 0;
   for (let i = 0; i < text.length; i++) {
     const c = text.charCodeAt(i);
