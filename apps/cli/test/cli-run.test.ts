@@ -1,5 +1,5 @@
 /** The commands one after the other, from a model folder to a merged model, on a small random model. */
-import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
+import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { matmul, scope } from '@lorikeet/tensor';
@@ -132,7 +132,13 @@ describe('train, eval, generate, merge and inspect', () => {
     const predictions = lines(await text('scores', 'predictions.jsonl'));
     expect(predictions.map((item) => item['prediction'])).toEqual(tinyRows(9).map((row) => row.completion));
 
+    const generation = at('model', 'generation_config.json');
+    const before = await readFile(generation);
+    await writeFile(generation, '{"repetition_penalty": 1.2}');
     const scored = await cli([...args, '--labels', 'down,flat,up']);
+    await writeFile(generation, before);
+    expect(scored.err).toContain('repetition_penalty: 1.2; labels are answered without it');
+    expect(free.err).not.toContain('repetition_penalty');
     expect(scored.code).toBe(0);
     expect(lines(scored.out)[0]).toMatchObject({ mode: 'labels', accuracy: 1, labels: ['down', 'flat', 'up'] });
     expect(scored.err).toContain('right \\ answered');
