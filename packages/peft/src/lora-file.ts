@@ -1,5 +1,5 @@
 /** A LoRA adapter as data, without a model or a device: read from PEFT's files and written into them. */
-import type { ByteFolder, SinkFolder, TensorEntry, TensorFile } from '@lorikeet/tensor';
+import { type ByteFolder, escapeControls, type SinkFolder, type TensorEntry, type TensorFile } from '@lorikeet/tensor';
 import {
   configFile,
   floatEntry,
@@ -72,7 +72,7 @@ async function readUpdates(config: LoraConfig, file: TensorFile): Promise<LoraUp
   if (updates.length === 0 && problems.length === 0) problems.push('there is no tensor in it');
   if (problems.length > 0) {
     throw new AdapterError(
-      `${file.name}: does not fit its configuration:\n${problems.map((p) => `  - ${p}`).join('\n')}`,
+      `${file.name}: does not fit its configuration:\n${problems.map((p) => `  - ${escapeControls(p)}`).join('\n')}`,
     );
   }
   const read: LoraUpdate[] = [];

@@ -2,7 +2,7 @@
  * Which modules of a model get an adapter, by the rules of PEFT: exclusion first, then names, name endings, a pattern,
  * `all-linear` or the model's default; ranks and alphas of single modules by pattern.
  */
-import { nearestNames } from '@lorikeet/tensor';
+import { escapeControls, nearestNames } from '@lorikeet/tensor';
 import { adapterKey, AdapterError } from './format.js';
 import type { LoraConfig, AdapterConfig } from './format.js';
 import { compileNamePattern } from './name-pattern.js';
@@ -127,9 +127,9 @@ function mostFrequent(values: readonly number[]): number {
   return most;
 }
 
-/** @internal Some of a list of names, for messages. */
+/** @internal Some of a list of names or problems, for messages; they may come out of a file. */
 export function someOf(names: readonly string[]): string {
-  return `${names.slice(0, 5).join(', ')}${names.length > 5 ? ', …' : ''}`;
+  return `${escapeControls(names.slice(0, 5).join(', '))}${names.length > 5 ? ', …' : ''}`;
 }
 
 /** Rows of a vocabulary that are to be trained alone. */
