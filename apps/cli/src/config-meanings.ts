@@ -12,7 +12,8 @@ const top: Meanings<Config> = {
   dataset_name: 'Data set on the hub, or a folder of data files',
   dataset_config_name: 'Which part of a data set that has several',
   train_file: 'Rows to train on: .jsonl, .json, .csv, .tsv or .parquet',
-  train_mixture: 'Several sets of training rows, each with its share; each is as train_file or dataset_name would be alone',
+  train_mixture:
+    'Several sets of training rows, each with its share; each is as train_file or dataset_name would be alone',
   mixture_stopping: 'How many rows the mixture has',
   validation_file: 'Rows to evaluate on; without them a share of the training rows is held out',
   validation_split: 'Share of the training rows that is held out, drawn by the seed; 0 holds out nothing',

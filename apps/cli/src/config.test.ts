@@ -329,7 +329,6 @@ dtype: fp16
   ])('%s', (text, pattern) => expect(mistake(text)).toMatch(pattern));
 
   it.each([
-    'packing: true',
     'load_in_8bit: true',
     'report_to: mlflow',
     'lr_scheduler_type: cosine_warmup_with_min_lr',

@@ -3,7 +3,7 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Mistral, mistralConfig, saveMistral } from '@lorikeet/mistral';
-import { describeNonFinite, InitWeights } from '@lorikeet/nn';
+import { describeNonFinite, InitWeights, type Layer, Linear } from '@lorikeet/nn';
 import { createAdapter, loraConfig } from '@lorikeet/peft';
 import { scope, type Tensor } from '@lorikeet/tensor';
 import { createFolder } from '@lorikeet/tensor/node';
@@ -27,6 +27,11 @@ const config = mistralConfig({
 
 const fresh = (dtype: 'f16' | 'f32'): Promise<Mistral> =>
   Mistral.create(config, new InitWeights(device, { seed: 7, dtype }), { dtype });
+
+function weightOf(layer: Layer): Tensor {
+  if (!(layer instanceof Linear)) throw new Error('not a linear layer');
+  return layer.weight;
+}
 
 /** Multiplies the values of a weight; a factor of NaN is for the one at `at` alone. */
 async function change(weight: Tensor, factor: number, at?: number): Promise<void> {
@@ -71,7 +76,7 @@ describe('diagnose of a step record', () => {
 
   it('names a weight that is broken', async () => {
     const model = await fresh('f32');
-    await change(model.model.layers[1].self_attn.k_proj.weight, Number.NaN, 37);
+    await change(weightOf(model.model.layers[1].self_attn.k_proj), Number.NaN, 37);
     expect(await diagnosed(model)).toBe(
       'parameter model.layers.1.self_attn.k_proj.weight, 1 of 512 elements (NaN), the first at [1, 5], in f32',
     );
@@ -79,7 +84,7 @@ describe('diagnose of a step record', () => {
 
   it('names the op and the module whose output overflows in f16, with the micro-step', async () => {
     const model = await fresh('f16');
-    await change(model.model.layers[1].mlp.up_proj.weight, 60000);
+    await change(weightOf(model.model.layers[1].mlp.up_proj), 60000);
     expect(await diagnosed(model)).toMatch(
       /^output of op "linear" in model\.layers\.1\.mlp\.up_proj, \d+ of 4096 elements \(inf\), the first at \[0, 0, \d+\], in f16, micro-step 0$/,
     );
@@ -100,7 +105,7 @@ describe('train', () => {
     await writeTinyModel(device, at('model'));
     await writeRows(at('train.jsonl'), tinyRows(12));
     const model = await fresh('f32');
-    await change(model.model.layers[1].mlp.up_proj.weight, 60000);
+    await change(weightOf(model.model.layers[1].mlp.up_proj), 60000);
     await saveMistral(model, createFolder(at('model')));
     model.dispose();
     await writeFile(

@@ -359,13 +359,14 @@ describe('errors of the device', () => {
   }
 
   it('memory that the device itself has not is an OutOfMemoryError, whatever follows from it', async () => {
+    Object.assign(globalThis, globals);
     const [other, gpu] = await openBoth();
     const x = other.zeros([4]);
     const report = (error: GPUError): void =>
-      gpu.onuncapturederror?.call(gpu, new globals.GPUUncapturedErrorEvent('uncapturederror', { error }));
+      gpu.onuncapturederror?.call(gpu, new GPUUncapturedErrorEvent('uncapturederror', { error }));
     // The software device never says so by itself: it promises whatever it is asked for.
-    report(new globals.GPUOutOfMemoryError('no room for "tensor [4] f32"'));
-    report(new globals.GPUValidationError('invalid buffer'));
+    report(new GPUOutOfMemoryError('no room for "tensor [4] f32"'));
+    report(new GPUValidationError('invalid buffer'));
     gpu.destroy();
     await gpu.lost;
     for (const use of [() => other.zeros([2]), () => scope(() => add(x, x)), () => x.read()]) {
