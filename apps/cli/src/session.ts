@@ -14,7 +14,14 @@ import {
   quantizationProblem,
   Tokenizer,
 } from '@lorikeet/mistral';
-import { type Adapter, type AdapterConfig, loadAdapter, parsePeftConfig } from '@lorikeet/peft';
+import {
+  type Adapter,
+  type AdapterConfig,
+  isLoraConfig,
+  loadAdapter,
+  parsePeftConfig,
+  unknownKeys,
+} from '@lorikeet/peft';
 import { type Device, openDevice, parseJsonObject, type SafetensorsDType, type TensorFile } from '@lorikeet/tensor';
 import { openCheckpointFolder, openFolder } from '@lorikeet/tensor/node';
 import type { Config, ConfigDType } from './config.js';
@@ -354,6 +361,12 @@ export async function openSession(context: CommandContext, flags: SessionFlags, 
     const adapter = adapterFiles === undefined ? undefined : await loadAdapter(model, openFolder(adapterFiles.folder));
     if (adapter !== undefined && adapterFiles !== undefined) {
       context.ui.note(describeNorms(await adapter.updateNorms(), adapterFiles.folder));
+      const unknown = isLoraConfig(adapter.config) ? unknownKeys(adapter.config) : [];
+      if (unknown.length > 0) {
+        context.ui.note(
+          `adapter_config.json has keys that nothing here heeds: ${unknown.map((key) => printable(key)).join(', ')}`,
+        );
+      }
     }
     return { ...found, device, model, adapter, close: () => device.destroy() };
   } catch (error) {

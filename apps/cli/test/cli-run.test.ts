@@ -171,6 +171,21 @@ describe('train, eval, generate, merge and inspect', () => {
     expect(await sampled('1')).not.toBe(await sampled('2'));
   });
 
+  it('names targets that no module has, and keys of an adapter that nothing heeds', async () => {
+    const trained = await cli([
+      'train',
+      ...run(),
+      'lora.target_modules=[q_proj, wq]',
+      'max_steps=1',
+      `output_dir=${at('noted')}`,
+    ]);
+    expect(trained.err).toContain('target_modules: the model has no module wq; the others are adapted');
+    const path = at('noted', 'adapter_config.json');
+    await writeFile(path, (await readFile(path, 'utf8')).replace('{', '{ "my_note": 1,'));
+    const used = await cli(['generate', '--model', at('model'), '--adapter', at('noted'), '--prompt', 'S']);
+    expect(used.err).toContain('adapter_config.json has keys that nothing here heeds: my_note');
+  });
+
   it('merges: the same logits after reading it again, the new vocabulary, and the same loss without the adapter', async () => {
     const merged = await cli([
       'merge',

@@ -198,7 +198,7 @@ export function scalingOf(config: Pick<LoraConfig, 'use_rslora'>, r: number, alp
 }
 
 /** Entries of a `target_modules` list that match no module: mistyped names that PEFT passes over in silence. */
-export function unmatchedTargets(config: AdapterConfig, modules: Iterable<ModuleInfo>): string[] {
+export function unmatchedTargets(config: AdapterConfig, modules: Iterable<Pick<ModuleInfo, 'path'>>): string[] {
   const { target_modules: targets } = config;
   if (targets === null || typeof targets === 'string') return [];
   const paths = [...modules].map(({ path }) => path);

@@ -1,7 +1,14 @@
 /** One run on one device, from the files to the files. */
 import { dirname } from 'node:path';
 import type { Mistral } from '@lorikeet/mistral';
-import { type Adapter, type AdapterConfig, createAdapter, isLoraConfig, loadAdapter } from '@lorikeet/peft';
+import {
+  type Adapter,
+  type AdapterConfig,
+  createAdapter,
+  isLoraConfig,
+  loadAdapter,
+  unmatchedTargets,
+} from '@lorikeet/peft';
 import { describeNonFinite } from '@lorikeet/nn';
 import { openFolder } from '@lorikeet/tensor/node';
 import {
@@ -151,6 +158,15 @@ export class Run {
     const { context, data, from, config: run } = this.#frame;
     const { ui, signal } = context;
     const { train: trained, tokenizer } = data;
+    const missed = unmatchedTargets(
+      config,
+      Array.from(model.namedModules(), ([path]) => ({ path })),
+    );
+    if (missed.length > 0) {
+      ui.warn(
+        `target_modules: the model has no module ${missed.map((name) => printable(name)).join(', ')}; the others are adapted`,
+      );
+    }
     const looks = isLoraConfig(config) && config.init_lora_weights === 'eva';
     // Ranks that came from the data are those of the checkpoint.
     if (looks && from !== undefined) return loadAdapter(model, openFolder(from.path));
