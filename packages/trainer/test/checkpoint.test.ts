@@ -104,7 +104,7 @@ async function run(
 
 /** Records without what time decides. */
 const timeless = (records: readonly TrainRecord[]): unknown[] =>
-  records.map((record) => ({ ...record, seconds: 0, tokensPerSecond: 0 }));
+  records.map((record) => ({ ...record, seconds: 0, tokensPerSecond: 0, diagnose: undefined }));
 
 const timelessState = (folder: MemoryFolder): unknown => {
   const state: unknown = JSON.parse(new TextDecoder().decode(folder.bytes(trainerStateFile)));
