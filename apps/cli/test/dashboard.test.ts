@@ -245,9 +245,10 @@ describe.skipIf(program === undefined)(`in a browser${why}`, () => {
 
   async function expectWhole(page: Page, runs: number): Promise<void> {
     await page.getByText('Predictions').first().waitFor();
+    // The runs come one by one.
+    await expect.poll(() => legend(page, 'Loss'), { timeout: 30_000 }).toHaveLength(2 * runs);
     expect(await page.locator('canvas').count()).toBe(6);
     for (let i = 0; i < 6; i++) expect(await inks(page, i)).toBeGreaterThan(10);
-    expect(await legend(page, 'Loss')).toHaveLength(2 * runs);
     // What comes from data is text: no element was made of it, and no script ran.
     expect(await page.locator('img').count()).toBe(0);
     expect(await page.title()).not.toBe('broken');
