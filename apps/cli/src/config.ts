@@ -24,7 +24,7 @@ import { type Config, configSchema, isSection, keyNames, keyType } from './confi
 import { trainingCheck } from './config-training.js';
 import { isMap } from './config-types.js';
 import { fileError, UsageError } from './errors.js';
-import { quoted } from './text.js';
+import { printable, quoted } from './text.js';
 
 export type { Config, ConfigDType, SpecialTokens } from './config-schema.js';
 export type { Strategy } from './config-training.js';
@@ -203,8 +203,9 @@ function parseYaml(source: string, path: string): { document: Document.Parsed; l
   }
 }
 
+/** Messages of the parser repeat parts of the file. */
 function firstLine(message: string): string {
-  return message.split('\n', 1)[0] ?? message;
+  return printable(message.split('\n', 1)[0] ?? message);
 }
 
 /** Where the values of overrides and flags are. */

@@ -12,7 +12,7 @@ import { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetS
 import { compressors } from 'hyparquet-compressors';
 import { CliError, errorMessage, fileError } from './errors.js';
 import { scanJson } from './json-scan.js';
-import { checkRowGroup } from './parquet-check.js';
+import { checkFooter, checkRowGroup } from './parquet-check.js';
 import { printable, quoted } from './text.js';
 
 /** A value of a data row: what JSON can hold. */
@@ -381,9 +381,11 @@ async function* readParquet(path: string, options: ReadDataOptions): AsyncGenera
   const file = await asyncBufferFromFile(path).catch((error: unknown) => {
     throw fail(error);
   });
-  const metadata = await parquetMetadataAsync(file).catch((error: unknown) => {
-    throw fail(error);
-  });
+  const metadata = await checkFooter(file)
+    .then(() => parquetMetadataAsync(file))
+    .catch((error: unknown) => {
+      throw fail(error);
+    });
   let schema: ReturnType<typeof parquetSchema>;
   try {
     schema = parquetSchema(metadata);

@@ -78,8 +78,21 @@ class BytesReader {
     else if (type <= 6) into.set(path, this.zigzag());
     else if (type === 7) this.pass(8);
     else if (type === 8) this.pass(this.varint());
+    else if (type === 9) this.#list(into, path, depth);
     else if (type === 12) this.struct(into, path, depth + 1);
-    else throw new CliError(`a page header holds a value of type ${type}`);
+    else throw new CliError(`a header holds a value of type ${type}`);
+  }
+
+  #list(into: Map<string, number>, path: string, depth: number): void {
+    const head = this.byte();
+    const length = head >> 4 === 15 ? this.varint() : head >> 4;
+    // Every item takes a byte at least.
+    if (length > this.left) throw new CliError(`a list of ${length} items in ${this.left} bytes`);
+    const type = head & 15;
+    for (let i = 0; i < length; i++) {
+      if (type === 1 || type === 2) this.pass(1);
+      else this.#value(type, into, path, depth + 1);
+    }
   }
 
   /** Passes over runs of `count` values of `width` bits; what is longer than what is left is refused. */
@@ -185,6 +198,18 @@ function checkValueRuns(reader: BytesReader, width: number, count: number): void
     if (reader.at === before) return;
     seen += values;
   }
+}
+
+/**
+ * Checks the lengths in the footer, which describes the file.
+ * @throws CliError for lists and texts longer than the footer, and numbers that do not end
+ */
+export async function checkFooter(file: AsyncBuffer): Promise<void> {
+  if (file.byteLength < 12) throw new CliError(`${file.byteLength} bytes are too few`);
+  const end = file.byteLength - 8;
+  const length = new DataView(await file.slice(end, file.byteLength)).getUint32(0, true);
+  if (length > end) throw new CliError(`a footer of ${length} bytes, but the file has ${file.byteLength}`);
+  new BytesReader(new Uint8Array(await file.slice(end - length, end))).struct(new Map());
 }
 
 /**
