@@ -268,6 +268,7 @@ const freeKeys: ReadonlySet<string> = new Set<keyof Config>([
   'output_dir',
   'run_name',
   'report_to',
+  'streaming',
   'logging_steps',
   'save_strategy',
   'save_steps',

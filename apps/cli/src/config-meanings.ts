@@ -17,6 +17,8 @@ const top: Meanings<Config> = {
   mixture_stopping: 'How many rows the mixture has',
   validation_file: 'Rows to evaluate on; without them a share of the training rows is held out',
   validation_split: 'Share of the training rows that is held out, drawn by the seed; 0 holds out nothing',
+  streaming:
+    'Rows and their tokens lie in files under output_dir while the run goes on, for data larger than memory; the losses are the same',
   prompt_template:
     'How a row becomes a text: fingpt, alpaca, prompt_completion, response_tokens, text, or a text with {columns}, the last of which is the answer; without it the columns decide',
   response_template: 'For rows that are one text: what ends the prompt; the text behind it is trained',

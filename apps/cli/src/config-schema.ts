@@ -39,6 +39,8 @@ export interface Config extends ChosenSection, TrainingKeys {
   validation_file: string | string[] | null;
   /** Share of the training rows held out when there is no validation data. */
   validation_split: number;
+  /** Rows and tokens lie on disk in place of in memory. */
+  streaming: boolean;
   prompt_template: string | null;
   response_template: string | null;
   /** For conversations: a built-in chat template or a file; null means that of the model's tokenizer. */
@@ -122,6 +124,7 @@ const topShape = {
     .describe('first_exhausted (no row twice) or all_exhausted (every row at least once)'),
   validation_file: names().nullable().default(null).describe('a file or a list of files'),
   validation_split: z.number().min(0).lt(1).default(0.1).describe('a number from 0 to below 1'),
+  streaming: z.boolean().default(false).describe('true or false'),
   prompt_template: text().nullable().default(null).describe('a text'),
   response_template: text().nullable().default(null).describe('a text'),
   chat_template: text().nullable().default(null).describe('chatml, zephyr, mistral, llama2, or a file'),

@@ -6,7 +6,7 @@ import { createReadStream } from 'node:fs';
 import { stat } from 'node:fs/promises';
 import { extname } from 'node:path';
 import { isDeepJson } from '@lorikeet/tensor';
-import type { DataRow, RowSource } from '@lorikeet/trainer';
+import type { DataRow, Growing, RowSource } from '@lorikeet/trainer';
 import { CsvError, parse as parseCsv } from 'csv-parse';
 import { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } from 'hyparquet';
 import { compressors } from 'hyparquet-compressors';
@@ -101,10 +101,19 @@ async function reader(path: string, format: DataFormat, options: ReadDataOptions
 /** All rows of one or more files, in order. */
 export async function readDataRows(paths: readonly string[], options: ReadDataOptions = {}): Promise<PlacedRow[]> {
   const rows: PlacedRow[] = [];
+  await readDataInto(rows, paths, options);
+  return rows;
+}
+
+/** Puts all rows of one or more files at the end of a list, in order. No more of them are held than the list holds. */
+export async function readDataInto(
+  rows: Growing<PlacedRow>,
+  paths: readonly string[],
+  options: ReadDataOptions = {},
+): Promise<void> {
   for (const path of paths) {
     for await (const row of readDataFile(path, options)) rows.push(row);
   }
-  return rows;
 }
 
 /** Text of a file in pieces; a byte that is not UTF-8 is an error, since it would turn into other text silently. */

@@ -1,5 +1,5 @@
 /** Several sets of training rows in one run, each with its share. */
-import { type MixtureStopping, mixtureRows } from '@lorikeet/trainer';
+import { type Indexed, joined, type MixtureStopping, mixtureRows, selected } from '@lorikeet/trainer';
 import { z } from 'zod';
 import { names, text } from './config-types.js';
 import { formatCount, printable } from './text.js';
@@ -42,9 +42,9 @@ export interface MixedSet {
 /** The rows of a mixture, set after set, and what became of each set. */
 export function mixRows<T>(
   sets: readonly MixtureSet[],
-  rows: readonly (readonly T[])[],
+  rows: readonly Indexed<T>[],
   options: { readonly seed: number; readonly stopping: MixtureStopping },
-): { readonly rows: T[]; readonly sets: readonly MixedSet[] } {
+): { readonly rows: Indexed<T>; readonly sets: readonly MixedSet[] } {
   const weights = sets.map(({ weight }) => weight);
   const drawn = mixtureRows(
     rows.map(({ length }) => length),
@@ -52,7 +52,7 @@ export function mixRows<T>(
     options,
   );
   return {
-    rows: drawn.flatMap((indices, i) => Array.from(indices, (index) => rows[i][index])),
+    rows: joined(drawn.map((indices, i) => selected(rows[i], indices))),
     sets: sets.map(({ dataset_name, dataset_config_name, train_file, weight }, i) => ({
       name: [dataset_name, dataset_config_name, train_file]
         .flat()

@@ -3,6 +3,7 @@ import { type AddedToken, type MistralConfig, type Tokenizer, withMistralConfig 
 import type { AdapterConfig } from '@lorikeet/peft';
 import { isJsonObject } from '@lorikeet/tensor';
 import { openCheckpointFolder } from '@lorikeet/tensor/node';
+import { lengthsOf } from '@lorikeet/trainer';
 import type { Config } from './config.js';
 import { type AdapterContext, runAdapter } from './config-adapter.js';
 import { UsageError } from './errors.js';
@@ -123,7 +124,7 @@ export async function planSettings(
           rows: {
             train: rowSizes(data.sequences),
             validation: rowSizes(data.validation?.examples ?? []),
-            ...(config.packing ? { packed: data.train.examples.map(({ ids }) => ids.length) } : {}),
+            ...(config.packing ? { packed: lengthsOf(data.train.examples) } : {}),
           },
         }),
   };

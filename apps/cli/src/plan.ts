@@ -18,6 +18,7 @@ import {
   collate,
   evaluateLoss,
   ignoreIndex,
+  type Indexed,
   joinExamples,
   Stepper,
   type TokenizedExample,
@@ -117,12 +118,15 @@ export function machineOf({ info, limits }: Device): Machine {
 }
 
 /** Lengths and trained tokens of rows, both falling. */
-export function rowSizes(examples: readonly Pick<TokenizedExample, 'ids' | 'supervised'>[]): RowSizes {
-  const falling = (values: readonly number[]): Int32Array => Int32Array.from(values).sort().reverse();
-  return {
-    lengths: falling(examples.map(({ ids }) => ids.length)),
-    supervised: falling(examples.map(({ supervised }) => supervised)),
-  };
+export function rowSizes(examples: Indexed<Pick<TokenizedExample, 'ids' | 'supervised'>>): RowSizes {
+  const lengths = new Int32Array(examples.length);
+  const supervised = new Int32Array(examples.length);
+  let i = 0;
+  for (const example of examples) {
+    lengths[i] = example.ids.length;
+    supervised[i++] = example.supervised;
+  }
+  return { lengths: lengths.sort().reverse(), supervised: supervised.sort().reverse() };
 }
 
 /**

@@ -1,23 +1,29 @@
 /** From a run file to tokenised examples: rows, their split, the template, the special tokens. Needs no device. */
+import { setImmediate } from 'node:timers/promises';
 import type { AddedToken, Tokenizer } from '@lorikeet/mistral';
 import {
   conversationTemplate,
+  type Growing,
+  type Indexed,
   isConversation,
-  packExamples,
+  itemAt,
+  joined,
+  packedExamples,
   type PromptTemplate,
   resolveTemplate,
-  type TokenizedDataset,
+  selected,
+  splitIndices,
   type TokenizedExample,
   type TokenizeReport,
+  tokenizeInto,
   type TokenizeOptions,
-  tokenizeExamples,
-  trainTestSplit,
 } from '@lorikeet/trainer';
 import { requireChatTemplate, withRunChatTemplate } from './chat-templates.js';
 import type { Config, SpecialTokens } from './config.js';
 import type { CommandContext } from './context.js';
-import { type PlacedRow, readDataRows } from './data-files.js';
+import { type PlacedRow, readDataInto } from './data-files.js';
 import { type MixedSet, mixRows } from './data-mixture.js';
+import { type DataStore, memoryStore } from './data-store.js';
 import { UsageError } from './errors.js';
 import { resolveDataset } from './hub.js';
 import { type HubFlags, hubOptions } from './session.js';
@@ -25,20 +31,40 @@ import { formatBytes, formatCount, printable } from './text.js';
 
 /** The rows of a run. */
 export interface RunRows {
-  readonly train: readonly PlacedRow[];
+  readonly train: Indexed<PlacedRow>;
   /** Empty when nothing is held out. */
-  readonly validation: readonly PlacedRow[];
+  readonly validation: Indexed<PlacedRow>;
+  /** What was read for each. */
+  readonly files: { readonly train: readonly string[]; readonly validation: readonly string[] };
   /** Where the validation rows come from. */
   readonly validationSource: 'file' | 'dataset' | 'split' | 'none';
   /** Where the training rows are a mixture: what became of each set. */
   readonly mixture?: readonly MixedSet[] | undefined;
 }
 
+/** How the data of a run is read. */
+export interface LoadOptions extends HubFlags {
+  /** Where rows and tokens are kept; default in memory. */
+  readonly store?: DataStore | undefined;
+}
+
 /** Reads data files with progress. */
 export async function readRows(context: CommandContext, paths: readonly string[]): Promise<PlacedRow[]> {
+  const rows: PlacedRow[] = [];
+  await readInto(context, rows, paths);
+  return rows;
+}
+
+/** Reads data files with progress to the end of a list, which is given back. */
+async function readInto(
+  context: CommandContext,
+  rows: Growing<PlacedRow>,
+  paths: readonly string[],
+): Promise<Indexed<PlacedRow>> {
   const progress = context.ui.progress('reading', { format: formatBytes });
   try {
-    return await readDataRows(paths, { signal: context.signal, onProgress: (bytes) => progress.update(bytes) });
+    await readDataInto(rows, paths, { signal: context.signal, onProgress: (bytes) => progress.update(bytes) });
+    return rows;
   } finally {
     progress.done();
   }
@@ -51,28 +77,34 @@ const asList = (value: string | readonly string[]): readonly string[] => (typeof
  * is never both.
  * @throws UsageError when the run names no data; CliError naming file and line of a broken row
  */
-export async function loadRows(context: CommandContext, config: Config, flags: HubFlags = {}): Promise<RunRows> {
+export async function loadRows(context: CommandContext, config: Config, options: LoadOptions = {}): Promise<RunRows> {
   const { train_mixture: sets, validation_file } = config;
-  if (sets === null) return loadSource(context, config, flags);
+  if (sets === null) return loadSource(context, config, options);
   const parts: RunRows[] = [];
   for (const { dataset_name = null, dataset_config_name = null, train_file = null } of sets) {
     const data = { dataset_name, dataset_config_name, train_file, validation_file: null };
     const validation_split = validation_file === null ? config.validation_split : 0;
-    parts.push(await loadSource(context, { ...config, ...data, validation_split }, flags));
+    parts.push(await loadSource(context, { ...config, ...data, validation_split }, options));
   }
   const mixed = mixRows(
     sets,
     parts.map(({ train }) => train),
     { seed: config.data_seed ?? config.seed, stopping: config.mixture_stopping },
   );
+  const { store = memoryStore } = options;
   const held =
     validation_file === null
-      ? parts.flatMap(({ validation }) => validation)
-      : await readRows(context, asList(validation_file));
+      ? joined(parts.map(({ validation }) => validation))
+      : await readInto(context, store.rows(), asList(validation_file));
+  const files = (part: keyof RunRows['files']): string[] => [...new Set(parts.flatMap((of) => of.files[part]))];
   const sources = new Set(parts.map(({ validationSource }) => validationSource));
   return {
     train: mixed.rows,
     validation: held,
+    files: {
+      train: files('train'),
+      validation: validation_file === null ? files('validation') : asList(validation_file),
+    },
     validationSource:
       validation_file !== null ? 'file' : held.length === 0 ? 'none' : sources.has('split') ? 'split' : 'dataset',
     mixture: mixed.sets,
@@ -84,11 +116,11 @@ export async function loadRows(context: CommandContext, config: Config, flags: H
  * validation split, else a seeded share of the training rows.
  * @throws UsageError when the run names no data; CliError naming file and line of a broken row
  */
-async function loadSource(context: CommandContext, config: Config, flags: HubFlags): Promise<RunRows> {
+async function loadSource(context: CommandContext, config: Config, options: LoadOptions): Promise<RunRows> {
   let trainFiles: readonly string[];
   let ownValidation: readonly string[] = [];
   if (config.dataset_name !== null) {
-    const hub = hubOptions(context, { cacheDir: config.cache_dir, offline: flags.offline });
+    const hub = hubOptions(context, { cacheDir: config.cache_dir, offline: options.offline });
     try {
       const files = await resolveDataset(config.dataset_name, {
         ...hub,
@@ -108,21 +140,30 @@ async function loadSource(context: CommandContext, config: Config, flags: HubFla
   else {
     throw new UsageError('the run names no training data', { fix: 'Set train_file, or dataset_name.' });
   }
-  const rows = await readRows(context, trainFiles);
-  if (config.validation_file !== null) {
-    const validation = await readRows(context, asList(config.validation_file));
-    return { train: rows, validation, validationSource: 'file' };
+  const { store = memoryStore } = options;
+  const rows = await readInto(context, store.rows(), trainFiles);
+  const own = config.validation_file === null ? ownValidation : asList(config.validation_file);
+  if (own.length > 0) {
+    return {
+      train: rows,
+      validation: await readInto(context, store.rows(), own),
+      files: { train: trainFiles, validation: own },
+      validationSource: config.validation_file === null ? 'dataset' : 'file',
+    };
   }
-  if (ownValidation.length > 0) {
-    return { train: rows, validation: await readRows(context, ownValidation), validationSource: 'dataset' };
-  }
-  if (config.validation_split === 0) return { train: rows, validation: [], validationSource: 'none' };
-  if (rows.length < 2) {
+  if (rows.length < 2 && config.validation_split > 0) {
     context.ui.note('the data has one row, so nothing is held out for validation');
-    return { train: rows, validation: [], validationSource: 'none' };
   }
-  const { train, test } = trainTestSplit(rows, config.validation_split, config.data_seed ?? config.seed);
-  return { train, validation: test, validationSource: 'split' };
+  if (rows.length < 2 || config.validation_split === 0) {
+    return { train: rows, validation: [], files: { train: trainFiles, validation: [] }, validationSource: 'none' };
+  }
+  const split = splitIndices(rows.length, config.validation_split, config.data_seed ?? config.seed);
+  return {
+    train: selected(rows, split.trainIndices),
+    validation: selected(rows, split.testIndices),
+    files: { train: trainFiles, validation: trainFiles },
+    validationSource: 'split',
+  };
 }
 
 /** The template that the run and its data ask for. */
@@ -188,6 +229,12 @@ export function withSpecialTokens(
   });
 }
 
+/** Rows as tokens, and what came of them. */
+export interface TokenizedRows {
+  readonly examples: Indexed<TokenizedExample>;
+  readonly report: TokenizeReport;
+}
+
 /** Everything that training needs of its data. */
 export interface RunData {
   readonly rows: RunRows;
@@ -198,11 +245,11 @@ export interface RunData {
   readonly added: readonly AddedToken[];
   /** How rows become tokens; for previews. */
   readonly options: TokenizeOptions;
-  readonly train: TokenizedDataset;
+  readonly train: TokenizedRows;
   /** What training takes one by one: the training rows, or with `packing` sequences of several of them. */
-  readonly sequences: readonly TokenizedExample[];
+  readonly sequences: Indexed<TokenizedExample>;
   /** Absent when nothing is held out. */
-  readonly validation: TokenizedDataset | undefined;
+  readonly validation: TokenizedRows | undefined;
 }
 
 /**
@@ -231,24 +278,30 @@ export async function tokenizeOptions(
   return { options, tokenizer, added };
 }
 
-/** Tokenises rows with progress; what was dropped, cut or odd is warned of. */
-export function tokenizeRows(
+/**
+ * Tokenises rows with progress; what was dropped, cut or odd is warned of.
+ * @param examples the list that they are put into
+ */
+export async function tokenizeRows(
   context: CommandContext,
-  rows: readonly PlacedRow[],
+  rows: Indexed<PlacedRow>,
   options: TokenizeOptions,
   what: string,
-): TokenizedDataset {
+  examples: Growing<TokenizedExample> = [],
+): Promise<TokenizedRows> {
   const progress = context.ui.progress(`tokenising ${what}`, { total: rows.length });
   try {
-    const dataset = tokenizeExamples(rows, {
-      ...options,
-      onProgress: (done) => {
-        context.signal.throwIfAborted();
-        progress.update(done);
-      },
-    });
-    for (const warning of dataset.report.warnings) context.ui.warn(`${what}: ${warning}`);
-    return dataset;
+    const course = tokenizeInto(rows, examples, options);
+    let next = course.next();
+    for (; next.done !== true; next = course.next()) {
+      progress.update(next.value);
+      // Else nobody would hear that the user wants to stop.
+      await setImmediate();
+      context.signal.throwIfAborted();
+    }
+    const report = next.value;
+    for (const warning of report.warnings) context.ui.warn(`${what}: ${warning}`);
+    return { examples, report };
   } finally {
     progress.done();
   }
@@ -284,13 +337,16 @@ export async function loadRunData(
   context: CommandContext,
   config: Config,
   base: Tokenizer,
-  flags: HubFlags = {},
+  from: LoadOptions = {},
 ): Promise<RunData> {
-  const rows = await loadRows(context, config, flags);
-  const { options, tokenizer, added } = await tokenizeOptions(config, base, rows.train[0].fields);
-  const train = tokenizeRows(context, rows.train, options, 'training rows');
+  const { store = memoryStore } = from;
+  const rows = await loadRows(context, config, from);
+  const { options, tokenizer, added } = await tokenizeOptions(config, base, itemAt(rows.train, 0).fields);
+  const train = await tokenizeRows(context, rows.train, options, 'training rows', store.examples());
   const validation =
-    rows.validation.length === 0 ? undefined : tokenizeRows(context, rows.validation, options, 'validation rows');
-  const sequences = config.packing ? packExamples(train.examples, config.max_length) : train.examples;
+    rows.validation.length === 0
+      ? undefined
+      : await tokenizeRows(context, rows.validation, options, 'validation rows', store.examples());
+  const sequences = config.packing ? packedExamples(train.examples, config.max_length) : train.examples;
   return { rows, template: options.template, tokenizer, added, options, train, sequences, validation };
 }

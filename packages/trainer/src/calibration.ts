@@ -1,6 +1,7 @@
 /** Training data for starts that are computed from the inputs of layers. */
 import type { CalibrationBatch, CausalLM } from '@lorikeet/nn';
 import { type CollateOptions, collatorOf, type DataCollator, type TokenizedExample } from './data.js';
+import { firstItems, type Indexed } from './indexed.js';
 import { flatHidden } from './loss.js';
 
 /** Rows that a start looks at, unless told. */
@@ -19,12 +20,12 @@ export interface CalibrationOptions {
 /** Batches of the first training rows, in their order, that run through the model as often as is asked for. */
 export function calibrationBatches(
   model: CausalLM,
-  examples: readonly TokenizedExample[],
+  examples: Indexed<TokenizedExample>,
   options: CalibrationOptions = {},
 ): CalibrationBatch[] {
   const { batchSize = 8, rows = standardRows } = options;
   const collate = collatorOf(options.collate);
-  const taken = examples.slice(0, rows);
+  const taken = firstItems(examples, rows);
   return Array.from({ length: Math.ceil(taken.length / batchSize) }, (_, i) => {
     const batch = collate(taken.slice(i * batchSize, (i + 1) * batchSize));
     const real = new Uint8Array(batch.B * batch.T);

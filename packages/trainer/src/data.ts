@@ -3,6 +3,7 @@
  * tokenised rows become one padded batch. Nothing here knows templates or tokenizers.
  */
 import { checkSeed, Random, randomStreams } from '@lorikeet/nn';
+import { type Indexed, itemsAt } from './indexed.js';
 
 /** Where a row was read. */
 export interface RowSource {
@@ -141,13 +142,16 @@ export function validateRows(
     throw new DataError('the data has rows that cannot be used', problems, 'Mend or remove these rows.');
 }
 
-/** Both parts of a split. */
-export interface Split<T> {
-  readonly train: T[];
-  readonly test: T[];
-  /** Positions of the rows in the list that was split, rising. */
+/** Which rows are in which part of a split: positions in the list that was split, rising. */
+export interface SplitIndices {
   readonly trainIndices: Uint32Array;
   readonly testIndices: Uint32Array;
+}
+
+/** Both parts of a split. */
+export interface Split<T> extends SplitIndices {
+  readonly train: T[];
+  readonly test: T[];
 }
 
 /**
@@ -157,21 +161,27 @@ export interface Split<T> {
  * @throws RangeError when a part would be empty
  */
 export function trainTestSplit<T>(rows: readonly T[], fraction: number, seed: number): Split<T> {
+  const indices = splitIndices(rows.length, fraction, seed);
+  return { train: itemsAt(rows, indices.trainIndices), test: itemsAt(rows, indices.testIndices), ...indices };
+}
+
+/**
+ * The positions of {@link trainTestSplit} for so many rows.
+ * @throws RangeError when a part would be empty
+ */
+export function splitIndices(rows: number, fraction: number, seed: number): SplitIndices {
   if (!(fraction > 0 && fraction < 1)) {
     throw new RangeError(`the held-out share is ${fraction}; it must lie between 0 and 1 (validation_split)`);
   }
   checkSeed(seed);
-  const held = Math.ceil(rows.length * fraction);
-  if (held < 1 || held >= rows.length) {
+  const held = Math.ceil(rows * fraction);
+  if (held < 1 || held >= rows) {
     throw new RangeError(
-      `holding out ${fraction} of ${rows.length} rows leaves ${rows.length - held} to train on; both parts need at least one row`,
+      `holding out ${fraction} of ${rows} rows leaves ${rows - held} to train on; both parts need at least one row`,
     );
   }
-  const order = new Random(seed, randomStreams.split).permutation(rows.length);
-  const testIndices = order.slice(0, held).sort();
-  const trainIndices = order.slice(held).sort();
-  const pick = (indices: Uint32Array): T[] => Array.from(indices, (i) => rows[i]);
-  return { train: pick(trainIndices), test: pick(testIndices), trainIndices, testIndices };
+  const order = new Random(seed, randomStreams.split).permutation(rows);
+  return { trainIndices: order.slice(held).sort(), testIndices: order.slice(0, held).sort() };
 }
 
 /** The label of a token that is not trained. */
@@ -306,18 +316,24 @@ export function collatorOf(options: CollateOptions | DataCollator = {}): DataCol
  * @param what which set it is, for the message
  * @throws DataError that names every bad row; RangeError when there are no rows
  */
-export function checkExamples(examples: readonly TokenizedExample[], vocabSize: number, what: string): void {
+export function checkExamples(examples: Indexed<TokenizedExample>, vocabSize: number, what: string): void {
   if (examples.length === 0) throw new RangeError(`the ${what} set has no rows`);
-  const problems = examples.flatMap(({ row, ids, labels }, index): RowProblem[] => {
-    const bad = (message: string): RowProblem[] => [{ index, where: `row ${row + 1}`, message }];
+  const fault = ({ ids, labels }: TokenizedExample): string | undefined => {
     if (ids.length === 0 || ids.length !== labels.length) {
-      return bad(`${ids.length} ids and ${labels.length} labels; there must be as many, at least one`);
+      return `${ids.length} ids and ${labels.length} labels; there must be as many, at least one`;
     }
     const known = (id: number): boolean => id >= 0 && id < vocabSize;
     const id = ids.find((token) => !known(token)) ?? labels.find((token) => token !== ignoreIndex && !known(token));
-    if (id !== undefined) return bad(`token id ${id}, but the model knows 0 to ${vocabSize - 1}`);
-    return labels.some((label, t) => t > 0 && label !== ignoreIndex) ? [] : bad('no token is supervised');
-  });
+    if (id !== undefined) return `token id ${id}, but the model knows 0 to ${vocabSize - 1}`;
+    return labels.some((label, t) => t > 0 && label !== ignoreIndex) ? undefined : 'no token is supervised';
+  };
+  const problems: RowProblem[] = [];
+  let index = 0;
+  for (const example of examples) {
+    const message = fault(example);
+    if (message !== undefined) problems.push({ index, where: `row ${example.row + 1}`, message });
+    index++;
+  }
   if (problems.length > 0) {
     throw new DataError(
       `the ${what} set has rows that the model cannot take`,
@@ -327,9 +343,18 @@ export function checkExamples(examples: readonly TokenizedExample[], vocabSize: 
   }
 }
 
+/** Tokens of each example. Only these are held: the examples are looked at one by one. */
+export function lengthsOf(examples: Indexed<Pick<TokenizedExample, 'ids'>>): Int32Array {
+  const lengths = new Int32Array(examples.length);
+  let i = 0;
+  for (const { ids } of examples) lengths[i++] = ids.length;
+  return lengths;
+}
+
 /** Positions of the examples, the longest first: neighbours are of like length, which leaves least to pad. */
-export function longestFirst(examples: readonly Pick<TokenizedExample, 'ids'>[]): number[] {
-  return examples.map((_, i) => i).sort((a, b) => examples[b].ids.length - examples[a].ids.length || a - b);
+export function longestFirst(examples: Indexed<Pick<TokenizedExample, 'ids'>>): Uint32Array {
+  const lengths = lengthsOf(examples);
+  return Uint32Array.from(lengths.keys()).sort((a, b) => lengths[b] - lengths[a] || a - b);
 }
 
 /**

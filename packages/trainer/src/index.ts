@@ -5,6 +5,7 @@ export * from './checkpoint.js';
 export * from './conversation.js';
 export * from './data.js';
 export * from './evaluation-watch.js';
+export * from './indexed.js';
 export * from './metrics.js';
 export * from './plateau.js';
 export * from './mixture.js';

@@ -1,5 +1,6 @@
 /** Several rows in one sequence, so that short rows leave no padding. Attention and positions keep them apart, see `collate`. */
-import { ignoreIndex, type TokenizedExample } from './data.js';
+import { ignoreIndex, lengthsOf, type TokenizedExample } from './data.js';
+import { type Indexed, itemsAt, LazyList } from './indexed.js';
 
 /** How rows are put together. `bfd`: best fit decreasing, which cuts no row. */
 export type PackingStrategy = 'bfd';
@@ -79,7 +80,15 @@ export function joinExamples(examples: readonly TokenizedExample[]): TokenizedEx
  *
  * @throws RangeError for a row that is longer than `maxLength`
  */
-export function packExamples(examples: readonly TokenizedExample[], maxLength: number): TokenizedExample[] {
-  const lengths = examples.map(({ ids }) => ids.length);
-  return packLengths(lengths, maxLength).map((rows) => joinExamples(rows.map((row) => examples[row])));
+export function packExamples(examples: Indexed<TokenizedExample>, maxLength: number): TokenizedExample[] {
+  return [...packedExamples(examples, maxLength)];
+}
+
+/**
+ * The sequences of {@link packExamples}, each put together when it is asked for: what is held is which rows it has.
+ * @throws RangeError for a row that is longer than `maxLength`
+ */
+export function packedExamples(examples: Indexed<TokenizedExample>, maxLength: number): Indexed<TokenizedExample> {
+  const packs = packLengths(lengthsOf(examples), maxLength);
+  return new LazyList(packs.length, (i) => joinExamples(itemsAt(examples, packs[i])));
 }

@@ -108,7 +108,7 @@ export async function scoreCompletions(
   const tokens = new Int32Array(examples.length);
   for (let from = 0; from < order.length; from += batchSize) {
     signal?.throwIfAborted();
-    const members = order.slice(from, from + batchSize);
+    const members = Array.from(order.subarray(from, from + batchSize));
     const batch = toBatch(members.map((i) => examples[i]));
     for (const { b, loss } of await readLosses(model, batch, 'row')) logProb[members[b]] -= loss;
     members.forEach((i, b) => {

@@ -22,6 +22,7 @@ import {
   rowProblems,
   type TokenizedExample,
 } from './data.js';
+import type { Growing, Indexed } from './indexed.js';
 import { type PromptTemplate, TemplateError, textFields } from './template.js';
 
 /** What the trainer needs of a tokenizer. */
@@ -398,61 +399,74 @@ export interface TokenizeAllOptions extends TokenizeOptions {
  * @throws TemplateError when the template and the tokenizer do not go together
  * @throws RangeError when there are no rows, or none is left
  */
-export function tokenizeExamples(rows: readonly DataRow[], options: TokenizeAllOptions): TokenizedDataset {
+export function tokenizeExamples(rows: Indexed<DataRow>, options: TokenizeAllOptions): TokenizedDataset {
+  const examples: TokenizedExample[] = [];
+  const course = tokenizeInto(rows, examples, options);
+  for (;;) {
+    const { done, value } = course.next();
+    if (done === true) return { examples, report: value };
+    options.onProgress?.(value, rows.length);
+  }
+}
+
+/**
+ * Does what {@link tokenizeExamples} does, row by row into a list of the caller's, so that neither rows nor examples need be held.
+ * Yields the number of rows done now and then, and at the end: the caller may let others do their work, or give up.
+ * @throws as {@link tokenizeExamples}
+ */
+export function* tokenizeInto(
+  rows: Indexed<DataRow>,
+  examples: Growing<TokenizedExample>,
+  options: TokenizeOptions,
+): Generator<number, TokenizeReport, undefined> {
   checkOptions(options);
   if (rows.length === 0) throw new RangeError('the data has no rows');
   const encoder = encoderOf(options.template, options.tokenizer);
-  const examples: TokenizedExample[] = [];
   const problems: RowProblem[] = [];
   const notes = new Map<Note, { count: number; where: string }>();
-  let dropped = 0;
-  rows.forEach((row, index) => {
+  const sums = { kept: 0, dropped: 0, truncated: 0, truncatedTokens: 0, tokens: 0, supervised: 0, longest: 0 };
+  let index = 0;
+  for (const row of rows) {
     const outcome = tokenizeRow(encoder, row, index, options);
     if (outcome.kind === 'bad') problems.push(...outcome.problems);
-    else if (outcome.kind === 'dropped') dropped++;
+    else if (outcome.kind === 'dropped') sums.dropped++;
     else {
-      examples.push(outcome.example);
+      const { example } = outcome;
+      examples.push(example);
+      sums.kept++;
+      sums.truncated += example.truncated > 0 ? 1 : 0;
+      sums.truncatedTokens += example.truncated;
+      sums.tokens += example.ids.length;
+      sums.supervised += example.supervised;
+      sums.longest = Math.max(sums.longest, example.ids.length);
       for (const note of outcome.layout.notes) {
         const seen = notes.get(note);
         if (seen === undefined) notes.set(note, { count: 1, where: rowName(row, index) });
         else seen.count++;
       }
     }
-    if ((index + 1) % 500 === 0 || index + 1 === rows.length) options.onProgress?.(index + 1, rows.length);
-  });
+    index++;
+    if (index % 500 === 0 || index === rows.length) yield index;
+  }
   if (problems.length > 0) throw new DataError(badRows, problems, remedy(problems));
-  if (examples.length === 0) {
+  if (sums.kept === 0) {
     throw new RangeError(
       `all ${rows.length} rows are longer than max_length ${options.maxLength} and were dropped; raise it`,
     );
   }
-  const cut = examples.filter((example) => example.truncated > 0);
-  const sum = (list: readonly TokenizedExample[], of: (example: TokenizedExample) => number): number =>
-    list.reduce((total, example) => total + of(example), 0);
-  const truncatedTokens = sum(cut, (example) => example.truncated);
+  const { dropped, truncated, truncatedTokens } = sums;
   const warnings: string[] = [];
   if (dropped > 0)
     warnings.push(`${dropped} of ${rows.length} rows are longer than max_length ${options.maxLength} and were dropped`);
-  if (cut.length > 0) {
+  if (truncated > 0) {
     warnings.push(
-      `${cut.length} of ${rows.length} prompts were cut on the left to fit max_length ${options.maxLength} (${truncatedTokens} tokens in all)`,
+      `${truncated} of ${rows.length} prompts were cut on the left to fit max_length ${options.maxLength} (${truncatedTokens} tokens in all)`,
     );
   }
   for (const [note, { count, where }] of notes) {
     warnings.push(`${count} of ${rows.length} rows (the first is ${where}) ${noteTexts[note]}`);
   }
-  const report: TokenizeReport = {
-    rows: rows.length,
-    kept: examples.length,
-    dropped,
-    truncated: cut.length,
-    truncatedTokens,
-    tokens: sum(examples, (example) => example.ids.length),
-    supervised: sum(examples, (example) => example.supervised),
-    longest: examples.reduce((longest, example) => Math.max(longest, example.ids.length), 0),
-    warnings,
-  };
-  return { examples, report };
+  return { rows: rows.length, ...sums, warnings };
 }
 
 /** A prompt as a model is given it. */

@@ -26,10 +26,12 @@ import {
   collatorOf,
   type DataCollator,
   fingerprint,
+  lengthsOf,
   longestFirst,
   type TokenizedExample,
 } from './data.js';
 import { checkEvaluations, EvaluationWatch, followsEvaluations } from './evaluation-watch.js';
+import { type Indexed, itemsAt } from './indexed.js';
 import { batchLoss } from './loss.js';
 import type { LossScaleOptions } from './optimizer.js';
 import { BatchSampler } from './sampler.js';
@@ -42,8 +44,9 @@ export interface TrainOptions {
   /** What is trained, by name: f32 tensors of the model or of its adapters. */
   readonly parameters: Iterable<readonly [name: string, parameter: Tensor]>;
   readonly args: TrainingArguments;
-  readonly trainDataset: readonly TokenizedExample[];
-  readonly evalDataset?: readonly TokenizedExample[] | undefined;
+  /** An array, or a list that reads its examples when they are asked for: the losses and weights are the same to the bit. */
+  readonly trainDataset: Indexed<TokenizedExample>;
+  readonly evalDataset?: Indexed<TokenizedExample> | undefined;
   /** How examples become a batch. */
   readonly collate?: CollateOptions | DataCollator;
   /** Dynamic loss scaling; default on for models with f16 activations. False turns it off. */
@@ -162,7 +165,7 @@ function collateSettings(collate: CollateOptions | DataCollator | undefined): Js
  */
 export async function evaluateLoss(
   model: CausalLM,
-  dataset: readonly TokenizedExample[],
+  dataset: Indexed<TokenizedExample>,
   options: {
     readonly batchSize?: number;
     readonly collate?: CollateOptions | DataCollator | undefined;
@@ -178,7 +181,7 @@ export async function evaluateLoss(
   const order = longestFirst(dataset);
   for (let from = 0; from < order.length; from += batchSize) {
     options.signal?.throwIfAborted();
-    const batch = toBatch(order.slice(from, from + batchSize).map((row) => dataset[row]));
+    const batch = toBatch(itemsAt(dataset, order.subarray(from, from + batchSize)));
     if (batch.supervised > 0) {
       const sums = scope(() => keep(batchLoss(model, batch, 1)));
       const read = Promise.all([sums.loss.item(), sums.correct.item()]);
@@ -233,9 +236,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
     batchSize,
     seed: args.data_seed ?? seed,
     shuffle: true,
-    ...(args.group_by_length === true
-      ? { lengths: trainDataset.map(({ ids }) => ids.length), groupSize: batchSize * accumulation }
-      : {}),
+    ...(args.group_by_length === true ? { lengths: lengthsOf(trainDataset), groupSize: batchSize * accumulation } : {}),
   });
   const parameters = [...options.parameters];
   let settings: JsonObject | undefined;
@@ -348,7 +349,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
   };
 
   /** Undefined when `signal` ended it. */
-  const evaluate = async (rows: readonly TokenizedExample[], step: number): Promise<EvalRecord | undefined> => {
+  const evaluate = async (rows: Indexed<TokenizedExample>, step: number): Promise<EvalRecord | undefined> => {
     try {
       const result = await evaluateLoss(model, rows, {
         batchSize: evalBatchSize,
@@ -448,7 +449,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<TrainRecord,
       // An epoch's last window may be shorter: a step never mixes epochs.
       for (let ended = false; window.length < accumulation && !ended; ) {
         const { rows, endsEpoch } = sampler.next();
-        window.push(toBatch(rows.map((row) => trainDataset[row])));
+        window.push(toBatch(itemsAt(trainDataset, rows)));
         ended = endsEpoch;
       }
       const { microStep } = stepper;

@@ -1,25 +1,39 @@
 /** `lorikeet data preview`: rows as the model will see them, and whether every row of a run can be trained on. */
+import type { Tokenizer } from '@lorikeet/mistral';
 import {
   DataError,
+  firstItems,
+  type Indexed,
+  itemAt,
+  lengthsOf,
   packLengths,
   previewRow,
   rowName,
   type RowPreview,
   type RowProblem,
+  selected,
   shownProblems,
   type Terminator,
   terminatorOf,
-  type TokenizedDataset,
   type TokenizeOptions,
 } from '@lorikeet/trainer';
-import { loadConfig } from '../config.js';
+import { type Config, loadConfig } from '../config.js';
 import type { CommandContext } from '../context.js';
 import type { PlacedRow } from '../data-files.js';
 import { type MixedSet, mixtureText } from '../data-mixture.js';
+import { type DataStore, withDataStore } from '../data-store.js';
 import { ReportedError, UsageError } from '../errors.js';
 import { resolveTokenizer } from '../hub.js';
 import { previewLegend, renderPreview, trainsItsEnd } from '../mask-preview.js';
-import { loadRows, type PackedRows, packedRows, packingText, tokenizeOptions, tokenizeRows } from '../run-data.js';
+import {
+  loadRows,
+  type PackedRows,
+  packedRows,
+  packingText,
+  type TokenizedRows,
+  tokenizeOptions,
+  tokenizeRows,
+} from '../run-data.js';
 import { hubOptions, readTokenizer, requireTokenizer } from '../session.js';
 import { formatCount, printable, quoted } from '../text.js';
 
@@ -70,27 +84,26 @@ export interface DataPreviewReport {
 }
 
 /** Tokens of one part of the data, as a run would make them, and what keeps a run from doing so. */
-function examine(
+async function examine(
   context: CommandContext,
-  rows: readonly PlacedRow[],
-  options: TokenizeOptions,
-  what: string,
-): {
+  rows: Indexed<PlacedRow>,
+  { options, what, store }: { readonly options: TokenizeOptions; readonly what: string; readonly store: DataStore },
+): Promise<{
   readonly part: PartReport;
-  readonly dataset: TokenizedDataset | undefined;
+  readonly dataset: TokenizedRows | undefined;
   readonly warnings: readonly string[];
   readonly problems: readonly RowProblem[];
-} {
+}> {
   let problems: readonly RowProblem[] = [];
-  let dataset: TokenizedDataset | undefined;
+  let dataset: TokenizedRows | undefined;
   try {
-    dataset = tokenizeRows(context, rows, options, what);
+    dataset = await tokenizeRows(context, rows, options, what, store.examples());
   } catch (error) {
     if (!(error instanceof DataError)) throw error;
     problems = error.problems;
     const bad = new Set(problems.map((problem) => problem.index));
-    const good = rows.filter((_, index) => !bad.has(index));
-    if (good.length > 0) dataset = tokenizeRows(context, good, options, what);
+    const good = Array.from({ length: rows.length }, (_, index) => index).filter((index) => !bad.has(index));
+    if (good.length > 0) dataset = await tokenizeRows(context, selected(rows, good), options, what, store.examples());
   }
   const report = dataset?.report;
   const part: PartReport = {
@@ -129,29 +142,9 @@ export async function runDataPreview(
     hub.done();
   }
   const base = requireTokenizer(await readTokenizer(folder), folder);
-  const rows = await loadRows(context, config);
-  const { options: tokenize, tokenizer, added } = await tokenizeOptions(config, base, rows.train[0].fields);
-  const training = examine(context, rows.train, tokenize, 'training rows');
-  const validation =
-    rows.validation.length === 0 ? undefined : examine(context, rows.validation, tokenize, 'validation rows');
-  const problems = [...training.problems, ...(validation?.problems ?? [])];
-  const report: DataPreviewReport = {
-    template: tokenize.template.name,
-    end: terminatorOf(tokenize.template, tokenizer),
-    max_length: config.max_length,
-    new_tokens: added.map(({ content, id }) => ({ token: content, id })),
-    validation_source: rows.validationSource,
-    training: training.part,
-    mixture: rows.mixture ?? null,
-    packing: config.packing && training.dataset !== undefined ? packed(training.dataset, config.max_length) : null,
-    validation: validation?.part ?? null,
-    warnings: [...training.warnings, ...(validation?.warnings ?? [])],
-    problems: problems.map(({ where, message }) => ({ where, message })),
-    rows: rows.train.slice(0, options.n).map((row, index) => {
-      const preview = previewRow(row, tokenize, index);
-      return { where: rowName(row, index), trains_end: trainsItsEnd(preview), ...preview };
-    }),
-  };
+  const report = await withDataStore({ streaming: config.streaming }, (store) =>
+    reportOf(context, config, { base, store, count: options.n }),
+  );
   if (ui.json) ui.data(report);
   else show(context, report);
   const bad = report.training.bad + (report.validation?.bad ?? 0);
@@ -161,9 +154,41 @@ export async function runDataPreview(
   });
 }
 
-function packed({ examples, report }: TokenizedDataset, maxLength: number): PackedRows {
-  const lengths = examples.map(({ ids }) => ids.length);
-  return packedRows(report, packLengths(lengths, maxLength).length, maxLength);
+async function reportOf(
+  context: CommandContext,
+  config: Config,
+  { base, store, count }: { readonly base: Tokenizer; readonly store: DataStore; readonly count: number },
+): Promise<DataPreviewReport> {
+  const rows = await loadRows(context, config, { store });
+  const { options, tokenizer, added } = await tokenizeOptions(config, base, itemAt(rows.train, 0).fields);
+  const { template } = options;
+  const training = await examine(context, rows.train, { options, what: 'training rows', store });
+  const validation =
+    rows.validation.length === 0
+      ? undefined
+      : await examine(context, rows.validation, { options, what: 'validation rows', store });
+  const problems = [...training.problems, ...(validation?.problems ?? [])];
+  return {
+    template: template.name,
+    end: terminatorOf(template, tokenizer),
+    max_length: config.max_length,
+    new_tokens: added.map(({ content, id }) => ({ token: content, id })),
+    validation_source: rows.validationSource,
+    training: training.part,
+    mixture: rows.mixture ?? null,
+    packing: config.packing && training.dataset !== undefined ? packed(training.dataset, config.max_length) : null,
+    validation: validation?.part ?? null,
+    warnings: [...training.warnings, ...(validation?.warnings ?? [])],
+    problems: problems.map(({ where, message }) => ({ where, message })),
+    rows: firstItems(rows.train, count).map((row, index) => {
+      const preview = previewRow(row, options, index);
+      return { where: rowName(row, index), trains_end: trainsItsEnd(preview), ...preview };
+    }),
+  };
+}
+
+function packed({ examples, report }: TokenizedRows, maxLength: number): PackedRows {
+  return packedRows(report, packLengths(lengthsOf(examples), maxLength).length, maxLength);
 }
 
 function show(context: CommandContext, report: DataPreviewReport): void {

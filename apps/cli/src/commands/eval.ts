@@ -72,7 +72,7 @@ export async function runEval(context: CommandContext, options: EvalOptions): Pr
     ...(config.overlong === 'truncate_prompt' ? { maxLength: config.max_length, overlong: config.overlong } : {}),
     ...(structured ? { labels: classes } : {}),
   };
-  const { examples } = tokenizeRows(context, rows, tokenize, 'rows');
+  const { examples } = await tokenizeRows(context, rows, tokenize, 'rows');
   // Rows that are one text have no field for the check above.
   const strange = truths.flatMap((truth, index) => (classes.includes(truth) ? [] : [{ index, truth }]));
   if (strange.length > 0) {

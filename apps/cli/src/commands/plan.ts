@@ -1,6 +1,7 @@
 /** `lorikeet plan`: what a run takes before it is begun, whether that fits, and what would make it fit. */
 import { type Config, loadConfig } from '../config.js';
 import type { CommandContext } from '../context.js';
+import { withDataStore } from '../data-store.js';
 import { errorMessage, ReportedError, UsageError } from '../errors.js';
 import { type Machine, machineOf, tryPlan } from '../plan.js';
 import { type Suggestion, suggestionsFor } from '../plan-fit.js';
@@ -60,13 +61,16 @@ export async function runPlan(
     weights: false,
   });
   const hasData = config.train_file !== null || config.dataset_name !== null || config.train_mixture !== null;
-  const data =
-    options.data && hasData && files.tokenizer !== undefined
-      ? await loadRunData(context, config, files.tokenizer)
-      : undefined;
-  const settings = await planSettings(config, files, data);
+  const { tokenizer } = files;
+  // What the plan takes of the data are its lengths.
+  const { settings, steps } = await withDataStore({ streaming: config.streaming }, async (store) => {
+    const data =
+      options.data && hasData && tokenizer !== undefined
+        ? await loadRunData(context, config, tokenizer, { store })
+        : undefined;
+    return { settings: await planSettings(config, files, data), steps: plannedSteps(config, data) };
+  });
   const { machine, device } = await findMachine(context, config.device);
-  const steps = plannedSteps(config, data);
   const budget = options.budget ?? (config.memory_limit_gb === null ? undefined : config.memory_limit_gb * 1e9);
 
   const plan = await tryPlan(settings, machine);

@@ -12,6 +12,7 @@ import {
 } from '../checkpoint.js';
 import { type Config, dumpConfig, loadConfig, type ResolvedConfig } from '../config.js';
 import type { CommandContext } from '../context.js';
+import { type DataStore, withDataStore } from '../data-store.js';
 import { CliError, UsageError } from '../errors.js';
 import { loadRunData, type RunData } from '../run-data.js';
 import { checkOutputFolder, readRunConfig, traceRun } from '../run-files.js';
@@ -52,11 +53,11 @@ export async function runTrain(context: CommandContext, args: readonly string[],
   const lock = await lockRun(config.output_dir);
   try {
     if (lock.takenOver) ui.note(`the run that was writing into ${printable(config.output_dir)} is no more`);
-    await trainLocked(context, config, {
-      model: config.model_name_or_path,
-      asked,
-      overwrite: options.overwrite === true,
-    });
+    const model = config.model_name_or_path;
+    const overwrite = options.overwrite === true;
+    await withDataStore({ streaming: config.streaming, folder: join(config.output_dir, 'data-cache') }, (store) =>
+      trainLocked(context, config, { model, asked, overwrite, store }),
+    );
   } finally {
     await lock.release();
   }
@@ -69,7 +70,13 @@ async function trainLocked(
     model,
     asked,
     overwrite,
-  }: { readonly model: string; readonly asked: string | boolean; readonly overwrite: boolean },
+    store,
+  }: {
+    readonly model: string;
+    readonly asked: string | boolean;
+    readonly overwrite: boolean;
+    readonly store: DataStore;
+  },
 ): Promise<void> {
   let from: ResumePoint | undefined;
   if (asked === false) await checkOutputFolder(config.output_dir, overwrite);
@@ -82,7 +89,7 @@ async function trainLocked(
     revision: config.revision,
     cacheDir: config.cache_dir,
   });
-  const data = await loadRunData(context, config, requireTokenizer(files.tokenizer, files.folder));
+  const data = await loadRunData(context, config, requireTokenizer(files.tokenizer, files.folder), { store });
   if (from !== undefined) await refuseOtherRun(from, files, data);
   const open = (): Promise<Device> =>
     openCommandDevice({
@@ -163,17 +170,16 @@ async function refuseOtherRun(
 ): Promise<void> {
   const { data, base } = progress;
   const changes: string[] = [];
-  const sources = (part: RunData['rows']['train']): string =>
-    [...new Set(part.map((row) => printable(row.source.file)))].join(', ');
+  const sources = (part: readonly string[]): string => part.map((file) => printable(file)).join(', ');
   if (fingerprint(trained.examples) !== data.train_hash) {
     changes.push(
-      `the training rows (${sources(rows.train)}), as the model gets them, are not the same: ${trained.report.kept} rows now, ${data.train_rows} then`,
+      `the training rows (${sources(rows.files.train)}), as the model gets them, are not the same: ${trained.report.kept} rows now, ${data.train_rows} then`,
     );
   }
   const held = validation === undefined ? null : fingerprint(validation.examples);
   if (held !== data.validation_hash) {
     changes.push(
-      `the held-out rows (${sources(rows.validation)}) are not the same: ${validation?.report.kept ?? 0} now, ${data.validation_rows} then`,
+      `the held-out rows (${sources(rows.files.validation)}) are not the same: ${validation?.report.kept ?? 0} now, ${data.validation_rows} then`,
     );
   }
   if ((await baseIdentity(files.folder)) !== base) {

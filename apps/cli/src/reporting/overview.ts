@@ -4,7 +4,9 @@ import type { Tokenizer } from '@lorikeet/mistral';
 import type { CausalLM } from '@lorikeet/nn';
 import {
   type CollateOptions,
+  firstItems,
   ignoreIndex,
+  type Indexed,
   previewRow,
   rowName,
   tokenLosses,
@@ -30,8 +32,8 @@ const longestScored = 2048;
 const shortened = (text: string): string => (text.length > longestText ? `${text.slice(0, longestText)}…` : text);
 
 /** Rows as the model sees them. */
-export function previewRows(rows: readonly PlacedRow[], options: TokenizeOptions): PreviewRow[] {
-  return rows.slice(0, shownRows).map((row, index) => {
+export function previewRows(rows: Indexed<PlacedRow>, options: TokenizeOptions): PreviewRow[] {
+  return firstItems(rows, shownRows).map((row, index) => {
     const { segments, counts, problem } = previewRow(row, options, index);
     return {
       where: rowName(row, index),
@@ -57,8 +59,8 @@ export interface TokenLossSource {
   readonly model: CausalLM;
   readonly tokenizer: Tokenizer;
   /** The rows that the examples were made of. */
-  readonly rows: readonly PlacedRow[];
-  readonly examples: readonly TokenizedExample[];
+  readonly rows: Indexed<PlacedRow>;
+  readonly examples: Indexed<TokenizedExample>;
   readonly collate: CollateOptions;
   readonly signal: AbortSignal;
 }
@@ -70,7 +72,11 @@ export async function writeTokenLosses(
   count: number = shownRows,
 ): Promise<void> {
   const { model, tokenizer, rows, collate, signal } = source;
-  const examples = source.examples.filter(({ supervised }) => supervised <= longestScored).slice(0, count);
+  const examples: TokenizedExample[] = [];
+  for (const example of source.examples) {
+    if (examples.length >= count) break;
+    if (example.supervised <= longestScored) examples.push(example);
+  }
   const losses = examples.length === 0 ? [] : await tokenLosses(model, examples, { collate, signal });
   const shown = examples.map(({ row, ids, labels }, i): TokenLossRow => {
     const decode = (...of: number[]): string => tokenizer.decode(of, { skipSpecialTokens: false });
@@ -80,7 +86,7 @@ export async function writeTokenLosses(
       t === 0 ? decode(id) : decode(ids[t - 1], id).slice(decode(ids[t - 1]).length),
       labels[t] === ignoreIndex ? null : losses[i][next++],
     ]);
-    return { where: rowName(rows[row], row), tokens };
+    return { where: rowName(rows.at(row), row), tokens };
   });
   await writeJsonAtomic(join(folder, tokenLossFile), shown);
 }

@@ -167,7 +167,7 @@ export async function writeResults(
       trainable_parameters: trainable,
       added_tokens: added.map(({ id, content }) => ({ id, content })),
       data: {
-        files: [...new Set([...rows.train, ...rows.validation].map((row) => row.source.file))],
+        files: [...new Set([...rows.files.train, ...rows.files.validation])],
         train_rows: trained.report.kept,
         train_tokens: trained.report.tokens,
         train_hash: frame.dataHashes().train,

@@ -15,6 +15,7 @@ import {
   calibrationBatches,
   type CollateOptions,
   evaluateLoss,
+  type Indexed,
   scheduleOptions,
   scheduleWarnings,
   type StepRecord,
@@ -228,7 +229,7 @@ export class Run {
     }
   }
 
-  async #evaluate(model: Mistral, examples: readonly TokenizedExample[], collate: CollateOptions): Promise<Evaluation> {
+  async #evaluate(model: Mistral, examples: Indexed<TokenizedExample>, collate: CollateOptions): Promise<Evaluation> {
     const { config, context } = this.#frame;
     const progress = context.ui.progress('evaluating', { total: examples.length });
     try {

@@ -2,7 +2,7 @@
 import { basename, join, resolve } from 'node:path';
 import type { Mistral } from '@lorikeet/mistral';
 import type { Adapter } from '@lorikeet/peft';
-import { previewRow, type StepRecord } from '@lorikeet/trainer';
+import { itemAt, previewRow, type StepRecord } from '@lorikeet/trainer';
 import type { Overview } from '../../page/types.js';
 import { mixtureText } from '../data-mixture.js';
 import { dumpConfig } from '../config.js';
@@ -109,7 +109,7 @@ export function showHeader(frame: RunFrame, { model, adapter }: Trained, facts: 
   ui.table(facts.map(([name, value]) => [ui.colors.dim(name), value]));
   ui.line();
   ui.line(`first row: ${previewLegend(ui)}`);
-  ui.line(renderPreview(ui, previewRow(rows.train[0], options)));
+  ui.line(renderPreview(ui, previewRow(itemAt(rows.train, 0), options)));
   ui.line();
 }
 
@@ -169,7 +169,7 @@ export function showEnd(
   const out = shellQuoted(config.output_dir);
   const test = shellQuoted([config.validation_file ?? 'test.jsonl'].flat()[0]);
   const { template, rows } = frame.data;
-  const prompt = (): string => template.prompt(firstFields(rows.train[0].fields)).slice(0, 400);
+  const prompt = (): string => template.prompt(firstFields(itemAt(rows.train, 0).fields)).slice(0, 400);
   ui.line('try next:');
   for (const line of [
     // Rows that must be prepared are conversations.
