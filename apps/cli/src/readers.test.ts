@@ -8,9 +8,6 @@ import { resolveConfig } from './config.js';
 import { type PlacedRow, readDataRows } from './data-files.js';
 import { CliError, UsageError } from './errors.js';
 
-/** Files on a disk, and a run's many rules, take milliseconds each: fewer than elsewhere; FUZZ_RUNS=10000 tries as many. */
-const runs = 2000;
-
 const utf8 = (text: string): Uint8Array => new TextEncoder().encode(text);
 
 let folder = '';
@@ -31,7 +28,6 @@ function fuzzData(name: string, seeds: readonly Uint8Array[], mutate: Mutator): 
   return fuzzReader({
     seeds,
     mutate,
-    runs,
     errors: [CliError],
     async read(file) {
       await writeFile(path, file);
@@ -106,7 +102,6 @@ lora:
   const report = await fuzzReader({
     seeds: [utf8(text), utf8(anchors)],
     mutate: mutateBytes,
-    runs,
     errors: [UsageError],
     read: (file) => resolveConfig({ file: { path: 'run.yaml', text: new TextDecoder().decode(file) } }).config,
     check(config) {
