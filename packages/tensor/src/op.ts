@@ -214,8 +214,10 @@ function runOp<A>(spec: OpSpec<A>, parsed: Contract, inputs: readonly Tensor[], 
         demand?.skip === undefined
           ? unheard(() => spec.forward(inputs, { attrs, shapes, needs, wanted }))
           : skipped(device, demand.skip, inputs);
-      const computed = demand?.skip === undefined ? outputs.filter((_, i) => wanted[i]) : [];
-      const hearsGradients = observer?.ran(spec.name, computed);
+      const hearsGradients = observer?.ran(
+        spec.name,
+        demand?.skip === undefined ? outputs.filter((_, i) => wanted[i]) : [],
+      );
       if (heard === undefined) return outputs;
       const application: Application = { name: spec.name, inputs, outputs, saved, needs };
       if (!needs.includes(true)) {

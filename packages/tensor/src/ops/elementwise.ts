@@ -1,5 +1,6 @@
 /** The kernels of ops that work on each element alone: an expression over vec4s, one thread per four elements. */
 import { defineKernel, type Kernel, type ParamType } from '../kernel.js';
+import { defineOp, type Op } from '../op.js';
 import type { Tensor } from '../tensor.js';
 
 const workgroupSize = 128;
@@ -45,4 +46,30 @@ export function runElementwise(
     { quads, row_quads: out.pitch / 4, columns: out.columns, ...params },
     Math.ceil(quads / workgroupSize),
   );
+}
+
+/**
+ * An op that maps each element by itself, cheap enough to run again in backward.
+ * @param forward expression of `x`
+ * @param backward expression of `dy` and of the one that `saved` names: the input `x` or the output `y`
+ */
+export function mapOp(name: string, forward: string, backward: string, saved: 'x' | 'y'): Op<undefined> {
+  const forwardKernel = elementwiseKernel(name, ['x'], forward);
+  const backwardKernel = elementwiseKernel(`${name}_backward`, [saved, 'dy'], backward);
+  return defineOp<undefined>({
+    name,
+    contract: 'x[...] -> [...]',
+    cheap: true,
+    forward: ([x]) => {
+      const out = x.device.empty(x.shape, x.dtype);
+      runElementwise(forwardKernel, { x }, out);
+      return { outputs: [out], saved: [saved === 'x' ? x : out] };
+    },
+    vjp: ({ dys: [dy], saved: [kept] }) => {
+      if (dy === undefined || kept === undefined) return [];
+      const dx = kept.device.empty(kept.shape, kept.dtype);
+      runElementwise(backwardKernel, { [saved]: kept, dy }, dx);
+      return [dx];
+    },
+  });
 }
