@@ -5,14 +5,13 @@ import { join } from 'node:path';
 import { openSafetensorsFile } from '@lorikeet/tensor/node';
 import { testDevice } from '@lorikeet/testing';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { cli, type CliRun, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
+import { cli, good, jsonObject, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
 
 const device = await testDevice();
 let folder: string;
 const at = (...parts: string[]): string => join(folder, ...parts);
-const object = (text: string): Record<string, unknown> => Object.fromEntries(Object.entries(JSON.parse(text) ?? {}));
 const read = async (...parts: string[]): Promise<Record<string, unknown>> =>
-  object(await readFile(at(...parts), 'utf8'));
+  jsonObject(await readFile(at(...parts), 'utf8'));
 
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'lorikeet-sections-'));
@@ -21,13 +20,6 @@ beforeAll(async () => {
   await writeRows(at('test.jsonl'), tinyRows(6));
 });
 afterAll(() => rm(folder, { recursive: true, force: true }));
-
-/** The run must have gone well. */
-function good(run: CliRun): CliRun {
-  expect(run.err).not.toContain('error');
-  expect(run.code).toBe(0);
-  return run;
-}
 
 const runOf = (out: string): string[] => [
   `model=${at('model')}`,
@@ -151,10 +143,10 @@ describe.each(methods)('%s', (name, expected) => {
   it('is measured as in training, and generates', async () => {
     const data = ['--data', at('test.jsonl'), '--json', '--labels', 'up,down,flat'];
     const { after } = await read(name, 'eval_results.json');
-    const evaluation = object(good(await cli(['eval', ...loaded(), ...data])).out);
+    const evaluation = jsonObject(good(await cli(['eval', ...loaded(), ...data])).out);
     expect(Number(evaluation['eval_loss'])).toBeCloseTo(Number(Object(after)['eval_loss']), 5);
     const prompt = ['--prompt', 'Sales rose in 2001 -', '--temperature', '0', '--max-new-tokens', '3', '--json'];
-    expect(object(good(await cli(['generate', ...loaded(), ...prompt])).out)['tokens']).not.toHaveLength(0);
+    expect(jsonObject(good(await cli(['generate', ...loaded(), ...prompt])).out)['tokens']).not.toHaveLength(0);
   });
 
   it('is merged, or refused with the reason before anything is written', async () => {
@@ -162,7 +154,7 @@ describe.each(methods)('%s', (name, expected) => {
     const merge = await cli(['merge', ...loaded(), '--output', out, '--verify', '--json']);
     const gguf = await cli(['export', ...loaded(), '--to', 'gguf', '--output', at(`${name}.gguf`)]);
     if (unmergeable === undefined) {
-      const { verification } = object(good(merge).out);
+      const { verification } = jsonObject(good(merge).out);
       expect(verification).toMatchObject({ argmax_flips: 0 });
       expect(Number(Object(verification)['max_logit_difference'])).toBeLessThan(1e-3);
       good(gguf);
@@ -176,7 +168,7 @@ describe.each(methods)('%s', (name, expected) => {
   });
 
   it('is looked into, copied as PEFT has it, and no file of low-rank updates', async () => {
-    const report = object(good(await cli(['inspect', at(name), '--json'])).out);
+    const report = jsonObject(good(await cli(['inspect', at(name), '--json'])).out);
     expect(report).toMatchObject({ kind: 'adapter', parameters: trainable, adapter: { modules: [] } });
     const { method: found, problem } = Object(report['adapter']);
     expect(found).toBe(
@@ -226,5 +218,5 @@ it('new tokens need a file with a place for their rows', async () => {
   const { after } = await read('tokens', 'eval_results.json');
   const data = ['--data', at('test.jsonl'), '--json', '--labels', 'up,down,flat'];
   const run = good(await cli(['eval', '--model', at('model'), '--adapter', at('tokens'), ...data]));
-  expect(Number(object(run.out)['eval_loss'])).toBeCloseTo(Number(Object(after)['eval_loss']), 5);
+  expect(Number(jsonObject(run.out)['eval_loss'])).toBeCloseTo(Number(Object(after)['eval_loss']), 5);
 });

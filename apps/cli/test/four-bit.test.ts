@@ -6,12 +6,11 @@ import { loadMistral, parseMistralConfig, saveMistral } from '@lorikeet/mistral'
 import { createFolder, openCheckpointFolder } from '@lorikeet/tensor/node';
 import { testDevice } from '@lorikeet/testing';
 import { afterAll, beforeAll, expect, it } from 'vitest';
-import { cli, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
+import { cli, jsonObject, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
 
 const device = await testDevice();
 let folder: string;
 const at = (...parts: string[]): string => join(folder, ...parts);
-const object = (text: string): Record<string, unknown> => Object.fromEntries(Object.entries(JSON.parse(text) ?? {}));
 
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'lorikeet-4bit-'));
@@ -37,7 +36,7 @@ const generated = async (...flags: string[]): Promise<unknown> => {
   const { code, out, err } = await cli(['generate', ...flags, ...prompt]);
   expect(err).not.toContain('error');
   expect(code).toBe(0);
-  return object(out)['tokens'];
+  return jsonObject(out)['tokens'];
 };
 
 it('trains on it, generates, and merges into what the 4 bits restore to', async () => {
@@ -46,7 +45,7 @@ it('trains on it, generates, and merges into what the 4 bits restore to', async 
   expect(result.code).toBe(0);
   expect(result.out).toContain('linear layers in 4 bits');
   expect(result.out).toContain('--load-in-4bit --adapter');
-  expect(object(await readFile(at('out', 'run.json'), 'utf8'))).toMatchObject({ model: { load_in_4bit: true } });
+  expect(jsonObject(await readFile(at('out', 'run.json'), 'utf8'))).toMatchObject({ model: { load_in_4bit: true } });
   const loaded = ['--model', at('model'), '--adapter', at('out')];
   expect(await generated(...loaded, '--load-in-4bit')).toHaveLength(4);
   const merge = await cli(['merge', ...loaded, '--output', at('merged')]);
@@ -79,7 +78,7 @@ it('takes a checkpoint that bitsandbytes would have written, and restores it whe
 it('refuses other quantisations by name', async () => {
   await writeTinyModel(device, at('gptq'));
   const path = at('gptq', 'config.json');
-  const config = object(await readFile(path, 'utf8'));
+  const config = jsonObject(await readFile(path, 'utf8'));
   await writeFile(path, JSON.stringify({ ...config, quantization_config: { quant_method: 'gptq', bits: 4 } }));
   const { code, err } = await cli(['generate', '--model', at('gptq'), '--prompt', 'a']);
   expect(code).toBe(1);

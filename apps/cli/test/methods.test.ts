@@ -5,14 +5,13 @@ import { join } from 'node:path';
 import { openSafetensorsFile } from '@lorikeet/tensor/node';
 import { testDevice } from '@lorikeet/testing';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { cli, type CliRun, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
+import { cli, type CliRun, good, jsonObject, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
 
 const device = await testDevice();
 let folder: string;
 const at = (...parts: string[]): string => join(folder, ...parts);
-const object = (text: string): Record<string, unknown> => Object.fromEntries(Object.entries(JSON.parse(text) ?? {}));
 const read = async (...parts: string[]): Promise<Record<string, unknown>> =>
-  object(await readFile(at(...parts), 'utf8'));
+  jsonObject(await readFile(at(...parts), 'utf8'));
 
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'lorikeet-methods-'));
@@ -21,13 +20,6 @@ beforeAll(async () => {
   await writeRows(at('test.jsonl'), tinyRows(6));
 });
 afterAll(() => rm(folder, { recursive: true, force: true }));
-
-/** The run must have gone well. */
-function good(run: CliRun): CliRun {
-  expect(run.err).not.toContain('error');
-  expect(run.code).toBe(0);
-  return run;
-}
 
 const train = async (out: string, ...more: string[]): Promise<CliRun> =>
   good(
@@ -112,20 +104,20 @@ describe.each<[string, { lora: string[]; shown: string; rank: number; scaled: bo
     const data = ['--data', at('test.jsonl'), '--json'];
     const { after } = await read(name, 'eval_results.json');
     const evaluation = good(await cli(['eval', ...loaded, ...dtype, ...data, '--labels', 'up,down,flat']));
-    const { eval_loss: loss } = object(evaluation.out);
+    const { eval_loss: loss } = jsonObject(evaluation.out);
     expect(Number(loss)).toBeCloseTo(Number(Object(after)['eval_loss']), name === 'pissa' ? 2 : 5);
 
     const prompt = ['--prompt', 'Sales rose in 2001<answer>', '--temperature', '0', '--max-new-tokens', '6', '--json'];
-    const { tokens } = object(good(await cli(['generate', ...loaded, ...prompt])).out);
+    const { tokens } = jsonObject(good(await cli(['generate', ...loaded, ...prompt])).out);
     expect(tokens).not.toHaveLength(0);
     const merge = good(await cli(['merge', ...loaded, '--output', at(`${name}-merged`), '--verify', '--json']));
-    const { verification } = object(merge.out);
+    const { verification } = jsonObject(merge.out);
     expect(verification).toMatchObject({ argmax_flips: 0 });
     expect(Number(Object(verification)['max_logit_difference'])).toBeLessThan(1e-3);
     // The merged model alone, with the template of the run, has what was learnt.
     const template = ['-c', at(name, 'run.yaml'), '--labels', 'up,down,flat'];
     const alone = good(await cli(['eval', '--model', at(`${name}-merged`), ...data, ...template]));
-    expect(Number(object(alone.out)['eval_loss'])).toBeCloseTo(Number(loss), name === 'pissa' ? 2 : 4);
+    expect(Number(jsonObject(alone.out)['eval_loss'])).toBeCloseTo(Number(loss), name === 'pissa' ? 2 : 4);
   });
 });
 
@@ -137,7 +129,7 @@ it('loftq stores the base in 4 bits itself; without them the adapter is warned o
   const args = ['eval', '--model', at('model'), '--adapter', at('loftq'), '--data', at('test.jsonl'), '--json'];
   const lossOf = async (...flags: string[]): Promise<{ loss: number; err: string }> => {
     const { out, err } = good(await cli([...args, '--labels', 'up,down,flat', ...flags]));
-    return { loss: Number(object(out)['eval_loss']), err };
+    return { loss: Number(jsonObject(out)['eval_loss']), err };
   };
   const packed = await lossOf('--load-in-4bit');
   expect(packed.loss).toBeCloseTo(Number(Object(after)['eval_loss']), 5);

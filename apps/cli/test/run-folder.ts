@@ -5,6 +5,7 @@ import { createRequire } from 'node:module';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import type { Overview } from '../page/types.js';
+import type { EvalEntry, LogEntry } from '../src/reporting/reporter.js';
 
 /** What must stay text: markup, the end of a script, characters that end a line of JavaScript. */
 export const hostile =
@@ -17,6 +18,30 @@ export function build(part: 'page' | 'wandb-child'): void {
   const { status, stdout } = spawnSync(process.execPath, [tsc, '-b', project], { encoding: 'utf8' });
   if (status !== 0) throw new Error(stdout);
 }
+
+/** The line of a step; that of step 3 has no loss. */
+export const logEntry = (step: number): LogEntry => ({
+  step,
+  epoch: step / 10,
+  loss: step === 3 ? Number.NaN : 1 / step,
+  mean_token_accuracy: 0.5,
+  grad_norm: 2,
+  learning_rate: 1e-4,
+  num_tokens: 100 * step,
+  tokens_per_second: 50,
+  peak_memory_bytes: 6_123_456_789,
+  loss_scale: 65536,
+  skipped_steps: 1,
+  seconds: 2 * step,
+});
+
+/** The line of an evaluation. */
+export const evalEntry = (step: number): EvalEntry => ({
+  step,
+  epoch: 1,
+  eval_loss: 3,
+  eval_mean_token_accuracy: 0.25,
+});
 
 /** Lines of a log: a falling loss, an evaluation every 10 steps. */
 export function logLines(from: number, to: number, loss = 2): string {

@@ -5,6 +5,7 @@ import { Mistral, mistralConfig, type MistralOptions, saveMistral } from '@lorik
 import { InitWeights } from '@lorikeet/nn';
 import type { Device } from '@lorikeet/tensor';
 import { createFolder } from '@lorikeet/tensor/node';
+import { expect } from 'vitest';
 import type { SignalSource } from '../src/interrupt.js';
 import { runCli } from '../src/program.js';
 
@@ -142,4 +143,17 @@ export async function cli(
   };
   const code = await runCli(args, { io, ...(signals === undefined ? {} : { signals }) });
   return { code, ...written };
+}
+
+/** The run must have gone well. */
+export function good(run: CliRun): CliRun {
+  expect(run.err).not.toContain('error');
+  expect(run.code).toBe(0);
+  return run;
+}
+
+/** The members of a JSON object. */
+export function jsonObject(text: string): Record<string, unknown> {
+  const value: unknown = JSON.parse(text);
+  return Object.fromEntries(Object.entries(value ?? {}));
 }

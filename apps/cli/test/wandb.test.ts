@@ -19,7 +19,7 @@ import { childEntry } from '../src/wandb/child.js';
 import { readRecord } from '../src/wandb/record.js';
 import { openWandb, type WandbOptions } from '../src/wandb/reporter.js';
 import { wandbSettings } from '../src/wandb/settings.js';
-import { build } from './run-folder.js';
+import { build, evalEntry, logEntry } from './run-folder.js';
 import { cli, tinyRows, writeRows, writeTinyModel } from './tiny-model.js';
 import { WandbServer } from './wandb-server.js';
 
@@ -53,27 +53,11 @@ function context(variables = env(), signal = new AbortController().signal): Comm
   return { ui: new Ui(io), io, signal, said: () => said };
 }
 
-const entry = (step: number): LogEntry => ({
-  step,
-  epoch: step / 10,
-  loss: step === 3 ? Number.NaN : 1 / step,
-  mean_token_accuracy: 0.5,
-  grad_norm: 2,
-  learning_rate: 1e-4,
-  num_tokens: 100 * step,
-  tokens_per_second: 50,
-  peak_memory_bytes: 6_123_456_789,
-  loss_scale: 65536,
-  skipped_steps: 1,
-  seconds: 2 * step,
-});
-const evaluation = (step: number): EvalEntry => ({ step, epoch: 1, eval_loss: 3, eval_mean_token_accuracy: 0.25 });
-
 /** Records of a run: one for each step, and an evaluation at each even one. */
 function* records(from: number, to: number): Generator<LogEntry | EvalEntry> {
   for (let step = from; step <= to; step++) {
-    yield entry(step);
-    if (step % 2 === 0) yield evaluation(step);
+    yield logEntry(step);
+    if (step % 2 === 0) yield evalEntry(step);
   }
 }
 const log = (to: number): string => [...records(1, to)].map((record) => `${JSON.stringify(record)}\n`).join('');
@@ -95,9 +79,9 @@ const upTo = (last: number): number[] => Array.from({ length: last }, (_, i) => 
 function expectLines(last: number): void {
   expect(steps()).toEqual(upTo(last));
   for (const { _step, _runtime, _timestamp, ...values } of server.run().lines) {
-    const { step, loss, ...rest } = entry(_step);
+    const { step, loss, ...rest } = logEntry(_step);
     const wanted = Object.entries({ ...rest, ...(Number.isNaN(loss) ? {} : { loss }) });
-    const { eval_loss, eval_mean_token_accuracy } = evaluation(step);
+    const { eval_loss, eval_mean_token_accuracy } = evalEntry(step);
     const evaluated = { 'eval/loss': eval_loss, 'eval/mean_token_accuracy': eval_mean_token_accuracy };
     expect(values).toEqual({
       ...Object.fromEntries(wanted.map(([name, value]) => [`train/${name}`, value])),

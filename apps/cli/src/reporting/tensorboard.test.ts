@@ -4,7 +4,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { crc32c } from './event-file.js';
-import type { EvalEntry, LogEntry, Reporter } from './reporter.js';
+import { evalEntry, logEntry } from '../../test/run-folder.js';
+import type { Reporter } from './reporter.js';
 import { openTensorBoard } from './tensorboard.js';
 
 /** CRC-32C bit by bit, by the polynomial division of its definition. */
@@ -106,22 +107,6 @@ beforeAll(async () => {
 });
 afterAll(() => rm(folder, { recursive: true, force: true }));
 
-const entry = (step: number): LogEntry => ({
-  step,
-  epoch: step / 10,
-  loss: step === 3 ? Number.NaN : 1 / step,
-  mean_token_accuracy: 0.5,
-  grad_norm: 2,
-  learning_rate: 1e-4,
-  num_tokens: 100 * step,
-  tokens_per_second: 50,
-  peak_memory_bytes: 6_123_456_789,
-  loss_scale: 65536,
-  skipped_steps: 1,
-  seconds: 2 * step,
-});
-const evaluation = (step: number): EvalEntry => ({ step, epoch: 1, eval_loss: 3, eval_mean_token_accuracy: 0.25 });
-
 const files = async (name: string): Promise<Buffer[]> => {
   const names = (await readdir(join(folder, name, 'runs'))).sort();
   for (const file of names) expect(file).toMatch(/^events\.out\.tfevents\.\d{10}\.lorikeet\.\d$/);
@@ -133,8 +118,8 @@ const stepsOf = (scalars: readonly Scalar[], tag: string): number[] =>
 
 async function write(reporter: Reporter, from: number, to: number): Promise<void> {
   for (let step = from; step <= to; step++) {
-    await reporter.step(entry(step));
-    if (step % 2 === 0) await reporter.eval(evaluation(step));
+    await reporter.step(logEntry(step));
+    if (step % 2 === 0) await reporter.eval(evalEntry(step));
   }
 }
 
@@ -158,7 +143,7 @@ describe('event files', () => {
     const before = Date.now() / 1000;
     const reporter = await openTensorBoard(join(folder, 'plain'));
     await write(reporter, 1, 2);
-    await reporter.step(entry(300));
+    await reporter.step(logEntry(300));
     await reporter.end('done');
     const [file] = await files('plain');
     const { version, times, scalars } = readEvents(file);
@@ -167,7 +152,7 @@ describe('event files', () => {
       expect(time).toBeGreaterThanOrEqual(before);
       expect(time).toBeLessThanOrEqual(Date.now() / 1000);
     }
-    const { step: _, ...numbers } = entry(300);
+    const { step: _, ...numbers } = logEntry(300);
     expect(scalars.filter(({ step }) => step === 300)).toEqual(
       Object.entries(numbers).map(([name, value]) => ({ step: 300, tag: `train/${name}`, value: Math.fround(value) })),
     );
@@ -202,7 +187,7 @@ describe('event files', () => {
   });
 
   it('a run that had none before begins with its log, at times of its own', async () => {
-    const lines = [entry(1), entry(2), evaluation(2)].map((value) => `${JSON.stringify(value)}\n`).join('');
+    const lines = [logEntry(1), logEntry(2), evalEntry(2)].map((value) => `${JSON.stringify(value)}\n`).join('');
     const now = Date.now() / 1000;
     const reporter = await openTensorBoard(join(folder, 'later'), { step: 2, log: lines });
     await write(reporter, 3, 3);
