@@ -1,10 +1,10 @@
-import { Random } from '@lorikeet/nn';
+import { type CalibrationBatch, Random } from '@lorikeet/nn';
 import { memorySource, openSafetensors } from '@lorikeet/tensor';
 import { relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { move } from '../test/method-checks.js';
-import { gradientsOf, initialisations, MethodNet, numbersAt, tenSteps } from '../test/method-net.js';
-import { type MemoryFolder, memoryFolder } from '../test/tiny-model.js';
+import { gradientsOf, initialisations, methodFile, MethodNet, numbersAt, tenSteps } from '../test/method-net.js';
+import { assign, type MemoryFolder, memoryFolder } from '../test/tiny-model.js';
 import type { Adapter } from './adapter.js';
 import { createAdapter, injectAdapter } from './create-adapter.js';
 import { loadAdapter } from './load-adapter.js';
@@ -77,6 +77,34 @@ describe.each(['pissa', 'pissa_niter_8', 'olora', 'orthogonal'])('init_lora_weig
     net.dispose();
   });
 });
+
+it.each(['pissa', 'olora', 'orthogonal', 'eva', 'loftq'])(
+  '%s: ten steps from its own start give the losses and logits of PyTorch in float64',
+  async (init_lora_weights) => {
+    const net = new MethodNet(device);
+    const batch: CalibrationBatch = {
+      labels: methodFile.labels,
+      real: methodFile.labels.map(() => 1),
+      forward: () => void net.logits(),
+    };
+    const loftq_config = { loftq_bits: 4, loftq_iter: 4 };
+    const eva_config = { tau: 1 };
+    const config = loraConfig({ ...low, init_lora_weights, loftq_config, eva_config });
+    const adapter = await createAdapter(net, config, { data: [batch] });
+    if (init_lora_weights === 'orthogonal') {
+      // A random one: that of the fixture.
+      const { start } = methodFile.method(init_lora_weights);
+      for (const [key, p] of adapter.parameters()) {
+        assign(p, start.get(key.replace('base_model.model.', ''))?.data ?? []);
+      }
+    }
+    const truth = methodFile.training(init_lora_weights);
+    const { losses } = await tenSteps(net, adapter);
+    expect(relativeError(losses, truth.losses)).toBeLessThan(2e-5);
+    expect(relativeError(await net.readLogits(), truth.logits)).toBeLessThan(1e-3);
+    net.dispose();
+  },
+);
 
 /** What a fresh adapter of a net like this saves. */
 async function memoryFolderOf(config: LoraConfig): Promise<MemoryFolder> {

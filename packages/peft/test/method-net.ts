@@ -75,16 +75,22 @@ export class FixtureFile {
     const gradients = objectAt(method, 'gradients');
     return {
       start: storedIn(objectAt(method, 'start')),
-      losses: numbersAt(method, 'losses'),
       gradients: new Map(Object.keys(gradients).map((key) => [key, numbersAt(gradients, key)])),
-      logits: numbersAt(method, 'logits'),
+      ...this.training(name),
     };
+  }
+
+  /** The ten steps of a method, also of one that makes its start itself. */
+  training(name: string): Pick<MethodFixture, 'losses' | 'logits'> {
+    const method = objectAt(objectAt(this.object, 'methods'), name);
+    return { losses: numbersAt(method, 'losses'), logits: numbersAt(method, 'logits') };
   }
 }
 
 /** The fixtures of the methods that change weights, over `MethodNet`. */
 export const methodFile = new FixtureFile('methods.json');
-const ids = numbersAt(methodFile.object, 'ids');
+/** The tokens that the net runs over. */
+export const ids: readonly number[] = numbersAt(methodFile.object, 'ids');
 
 /** What `make.py` says of the starts of LoRA that look at the weight. */
 export const initialisations: JsonObject = objectAt(methodFile.object, 'initialisations');

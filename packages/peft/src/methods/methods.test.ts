@@ -20,8 +20,17 @@ describe('LoRA', () => {
   checkMethod(device, { fixture: 'lora', config: loraConfig(low) });
 });
 
+describe('rsLoRA', () => {
+  checkMethod(device, { fixture: 'rslora', config: loraConfig({ ...low, use_rslora: true }) });
+});
+
 describe('LoRA beside a head that is trained whole', () => {
   checkMethod(device, { fixture: 'modules_to_save', config: loraConfig({ ...low, modules_to_save: ['lm_head'] }) });
+});
+
+describe('LoRA beside rows of tokens', () => {
+  const trainable_token_indices = { embed_tokens: [3, 9], lm_head: [3, 9] };
+  checkMethod(device, { fixture: 'token_rows', config: loraConfig({ ...low, trainable_token_indices }) });
 });
 
 describe('DoRA', () => {
