@@ -7,7 +7,8 @@ import { configKeys } from './config-schema.js';
 export interface StarterSettings {
   readonly model: string;
   readonly fourBit: boolean;
-  readonly learningRate: number;
+  /** A model so small that its activations fit as they are, and that wants higher rates than a large one. */
+  readonly small: boolean;
   readonly trainFile: string;
   /** Absent: the columns decide. */
   readonly promptTemplate?: string | undefined;
@@ -22,7 +23,7 @@ type Line = readonly [key: string, value: unknown] | readonly [key: string, valu
 
 /** Keys by what they are about. */
 function groups(settings: StarterSettings): (readonly [heading: string, lines: readonly Line[]])[] {
-  const template = settings.promptTemplate;
+  const { promptTemplate: template, small } = settings;
   return [
     [
       'Model',
@@ -57,15 +58,17 @@ function groups(settings: StarterSettings): (readonly [heading: string, lines: r
     [
       'Training',
       [
-        ['per_device_train_batch_size', 4],
-        ['gradient_accumulation_steps', 4],
+        ['per_device_train_batch_size', small ? 16 : 4],
+        ['gradient_accumulation_steps', small ? 1 : 4],
         ['num_train_epochs', 3],
         ['max_steps', undefined, 100],
-        ['learning_rate', settings.learningRate],
+        // What LoRA usually wants: a small model ten to twenty times the rate of a large one.
+        ['learning_rate', small ? 2e-3 : 1e-4],
         ['lr_scheduler_type', 'cosine'],
         ['warmup_ratio', 0.1],
         ['max_grad_norm', 1],
-        ['gradient_checkpointing', true],
+        // Another forward for each step, and many more dispatches: only where memory is what lacks.
+        ['gradient_checkpointing', !small],
         ['seed', 42],
       ],
     ],

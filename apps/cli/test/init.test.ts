@@ -100,6 +100,9 @@ describe('lorikeet init', () => {
     expect(run.code).toBe(0);
     const resolved = await readFile(at('out/run.yaml'), 'utf8');
     expect(resolved).toContain('{mood}');
-    expect(resolved).toContain('learning_rate: 0.002'); // a small model's
+    // A small model's.
+    expect(resolved).toContain('learning_rate: 0.002');
+    expect(resolved).toContain('per_device_train_batch_size: 16');
+    expect(resolved).toContain('gradient_checkpointing: false');
   });
 });

@@ -39,7 +39,7 @@ export async function runInit(context: CommandContext, folder: string, options: 
   const config = starterConfig({
     model: options.model === undefined ? usualModel : await from(folder, options.model),
     fourBit: options.model === undefined,
-    learningRate: await learningRateFor(options.model),
+    small: await isSmall(options.model),
     trainFile: options.data === undefined ? 'train.csv' : placeFrom(folder, options.data),
     promptTemplate: found.template,
     templateNote: found.note,
@@ -95,12 +95,12 @@ async function from(folder: string, model: string): Promise<string> {
   return (await exists(model)) ? placeFrom(folder, model) : model;
 }
 
-/** What LoRA usually wants: a small model, such as the one of this repository, ten to twenty times the rate of a large one. */
-async function learningRateFor(model: string | undefined): Promise<number> {
+/** Whether a model, where it is a folder, is of a width as the one of this repository. */
+async function isSmall(model: string | undefined): Promise<boolean> {
   const file = join(model ?? '', 'config.json');
   const text = model === undefined ? undefined : await readFile(file, 'utf8').catch(() => undefined);
   const width = text === undefined ? undefined : parseJsonObject(text, file)['hidden_size'];
-  return typeof width === 'number' && width <= 512 ? 2e-3 : 1e-4;
+  return typeof width === 'number' && width <= 512;
 }
 
 /** Where editors find the schema: by a path that holds wherever the project lies, if the program is a part of it. */
