@@ -10,7 +10,9 @@ import { openCommandDevice, readModelFiles, requireTokenizer } from '../src/sess
 import { trainThroughLosses } from '../src/train/train-on.js';
 import { Ui } from '../src/ui.js';
 import { type ResumableRun, resumableRun } from './resumable-run.js';
+import { build } from './run-folder.js';
 import { cli } from './tiny-model.js';
+import { WandbServer } from './wandb-server.js';
 
 // More losses for a thorough check: LORIKEET_LOSSES=20.
 const times = Number(process.env['LORIKEET_LOSSES'] ?? 2);
@@ -26,12 +28,12 @@ afterAll(() => run.remove());
 async function runOn(
   out: string,
   watch: (device: Device, nth: number) => Device | void,
-  ...overrides: string[]
+  { env = {}, overrides = [] }: { env?: Record<string, string>; overrides?: string[] } = {},
 ): Promise<{ readonly text: string; readonly error: unknown; readonly devices: number }> {
   const { config } = await loadConfig(run.at('run.yaml'), { overrides: [`output_dir=${run.at(out)}`, ...overrides] });
   let text = '';
   const stream = { write: (more: string): void => void (text += more) };
-  const io = { stdout: stream, stderr: stream, env: {} };
+  const io = { stdout: stream, stderr: stream, env };
   const context = { ui: new Ui(io, { json: true }), io, signal: new AbortController().signal };
   const files = await readModelFiles(context, run.at('model'));
   const data = await loadRunData(context, config, requireTokenizer(files.tokenizer, files.folder));
@@ -116,6 +118,34 @@ it('a loss before the first checkpoint, and again after it: begins again, then g
   expect(text).toMatch(/going on from step (3|6|9) of 14/);
   expect(await losses('lost-twice')).toBe(2);
   expect(await run.result('lost-twice')).toEqual(wanted);
+});
+
+it('a loss leaves one run at Weights & Biases, with each step once', async () => {
+  build('wandb-child');
+  const server = new WandbServer();
+  await server.open();
+  try {
+    const env = { WANDB_BASE_URL: server.url, WANDB_API_KEY: server.key };
+    const { error, text, devices } = await runOn(
+      'lost-reported',
+      (opened, n) => (n === 0 ? destroyAt(opened, Math.floor(work / 2)) : undefined),
+      { env, overrides: ['report_to=[jsonl, wandb]'] },
+    );
+    expect(error, text).toBeUndefined();
+    expect(devices).toBe(2);
+    const log = (await readFile(run.at('lost-reported', 'train_log.jsonl'), 'utf8')).trim().split('\n');
+    const logged = log.flatMap((line): number[] => {
+      const { step, loss } = Object(JSON.parse(line));
+      return loss === undefined ? [] : [step];
+    });
+    expect(logged).toEqual([2, 4, 6, 8, 10, 12, 14]);
+    const { lines, exitCode } = server.run();
+    expect(lines.filter((line) => 'train/loss' in line).map((line) => line['_step'])).toEqual(logged);
+    expect(exitCode).toBe(0);
+    expect(await run.result('lost-reported')).toEqual(wanted);
+  } finally {
+    await server.close();
+  }
 });
 
 it('a loss again and again without a new checkpoint is an end, and so is one that does not come back, or as another', async () => {
