@@ -18,7 +18,7 @@ const out = join(root, 'out', 'methods');
 const base = 'models/base';
 const recipe = 'examples/sentiment-small-base.yaml';
 
-/** @typedef {{ id: string, name: string, rate: number, keys: string[] }} Method */
+/** @typedef {{ id: string, name: string, rate: number, keys: string[], loading?: string[] }} Method */
 /**
  * @typedef {object} Row
  * @property {string} id
@@ -43,6 +43,15 @@ const methods = [
   { id: 'dora', name: 'DoRA, r 16', rate: 2e-3, keys: [...lowRank, 'lora.use_dora=true'] },
   { id: 'pissa', name: 'PiSSA, r 16', rate: 1e-3, keys: [...lowRank, 'lora.init_lora_weights=pissa'] },
   { id: 'olora', name: 'OLoRA, r 16', rate: 1e-3, keys: [...lowRank, 'lora.init_lora_weights=olora'] },
+  { id: 'orthogonal', name: 'orthogonal, r 16', rate: 1e-3, keys: [...lowRank, 'lora.init_lora_weights=orthogonal'] },
+  { id: 'eva', name: 'EVA, r 16', rate: 1e-3, keys: [...lowRank, 'lora.init_lora_weights=eva'] },
+  {
+    id: 'loftq',
+    name: 'LoftQ over NF4, r 16',
+    rate: 2e-3,
+    keys: [...lowRank, 'lora.init_lora_weights=loftq'],
+    loading: ['--load-in-4bit'],
+  },
   { id: 'ia3', name: '(IA)^3', rate: 2e-2, keys: ['lora=', 'ia3={}'] },
   { id: 'norms', name: 'norm tuning', rate: 2e-2, keys: ['lora=', 'ln_tuning={}'] },
   { id: 'houlsby', name: 'Houlsby', rate: 2e-3, keys: ['lora=', 'bottleneck.kind=houlsby'] },
@@ -121,7 +130,10 @@ function measured(id, name, method) {
   }
   console.log(`\n== ${name}`);
   const trained = method === undefined ? untrained() : train(folder, method, flags.steps);
-  const { weighted_f1: f1, invalid_share: invalid } = evaluate(method === undefined ? undefined : folder);
+  const { weighted_f1: f1, invalid_share: invalid } = evaluate(
+    method === undefined ? undefined : folder,
+    method?.loading,
+  );
   /** @type {Row} */
   const row = { id, name, settings, ...trained, f1, invalid };
   writeFileSync(known, `${JSON.stringify(row)}\n`);
@@ -173,14 +185,27 @@ function train(folder, { rate, keys }, steps) {
 
 /**
  * @param {string | undefined} folder of the adapter
+ * @param {string[]} loading options that say how the base is stored
  * @returns {{ weighted_f1: number, invalid_share: number }}
  */
-function evaluate(folder) {
+function evaluate(folder, loading = []) {
   const limit = flags.limit === undefined ? [] : ['--limit', flags.limit];
   // Free answers: what is no label is invalid. The base has no run of its own, whose template would be taken.
   const which = folder === undefined ? ['-c', recipe] : ['--adapter', folder];
   return JSON.parse(
-    lorikeet(['eval', '--model', base, ...which, '--data', testFile, '--batch-size', '32', ...limit, '--json']),
+    lorikeet([
+      'eval',
+      '--model',
+      base,
+      ...which,
+      '--data',
+      testFile,
+      '--batch-size',
+      '32',
+      ...loading,
+      ...limit,
+      '--json',
+    ]),
   );
 }
 
