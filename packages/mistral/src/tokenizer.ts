@@ -1,18 +1,15 @@
 import { FormatError, LorikeetError } from '@lorikeet/tensor';
+import {
+  type AddedToken,
+  AddedTokenSplitter,
+  AddedTokenTable,
+  readAddedToken,
+  type SpecialTokenSpec,
+} from './added-tokens.js';
 import { type AlignedText, alignedSlice, sliceAligned } from './aligned-text.js';
 import { ChatTemplate, chatTemplateSources } from './chat-template.js';
 import { compileDecoder, type DecoderStage } from './token-decoder.js';
-import {
-  escapeRegExp,
-  isObject,
-  type JsonObject,
-  optionalBoolean,
-  requireArray,
-  requireId,
-  requireObject,
-  requireString,
-  show,
-} from './json-values.js';
+import { isObject, type JsonObject, requireArray, requireId, requireObject, show } from './json-values.js';
 import {
   type BpeModel,
   compileModel,
@@ -21,6 +18,9 @@ import {
   type Normalizer,
   type PreTokenizer,
 } from './tokenizer-pipeline.js';
+import { edgeToken, type Frame, makeTemplate, readFrame, sameFrame } from './tokenizer-frame.js';
+
+export type { AddedToken, SpecialTokenSpec } from './added-tokens.js';
 
 /** The parsed files of a tokenizer; only the first is necessary. */
 export interface TokenizerFiles {
@@ -29,21 +29,6 @@ export interface TokenizerFiles {
   readonly specialTokensMap?: unknown;
   /** The text of chat_template.jinja; it counts before that of tokenizer_config.json. */
   readonly chatTemplate?: string | undefined;
-}
-
-/** A token with ids of its own beside the model's, as tokenizer.json lists them. */
-export interface AddedToken {
-  readonly id: number;
-  readonly content: string;
-  /** Only matched where no letter or digit touches it. */
-  readonly single_word: boolean;
-  /** Takes the white space before it along. */
-  readonly lstrip: boolean;
-  /** Takes the white space after it along. */
-  readonly rstrip: boolean;
-  /** Matched in the normalised text. */
-  readonly normalized: boolean;
-  readonly special: boolean;
 }
 
 /** The names of a tokenizer's special tokens, in the order in which ids are given to new ones. */
@@ -59,17 +44,6 @@ export const specialTokenNames = [
 
 /** One of the names of {@link specialTokenNames}. */
 export type SpecialTokenName = (typeof specialTokenNames)[number];
-
-/** A special token to add: its text, or its text with properties. */
-export type SpecialTokenSpec =
-  | string
-  | {
-      readonly content: string;
-      readonly lstrip?: boolean;
-      readonly rstrip?: boolean;
-      readonly single_word?: boolean;
-      readonly normalized?: boolean;
-    };
 
 /** Special tokens to set, under Hugging Face's names. */
 export type SpecialTokens = { readonly [name in SpecialTokenName]?: SpecialTokenSpec } & {
@@ -89,199 +63,6 @@ export interface StreamDecoder {
   push(ids: number | readonly number[]): string;
   /** Ends the stream and returns what was held back. */
   end(): string;
-}
-
-const wordBefore = /[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]$/u;
-const wordAfter = /^[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]/u;
-const spaceUnit = /\p{White_Space}/u;
-
-/** A stretch of text between or at added tokens. */
-interface Section {
-  readonly from: number;
-  readonly to: number;
-  readonly token: AddedToken | undefined;
-}
-
-/** Finds added tokens in a text: leftmost, then longest. */
-class AddedTokenSplitter {
-  readonly #pattern: RegExp | undefined;
-  readonly #tokens: ReadonlyMap<string, AddedToken>;
-
-  constructor(tokens: ReadonlyMap<string, AddedToken>) {
-    this.#tokens = tokens;
-    const contents = [...tokens.keys()].filter((content) => content.length > 0).sort((a, b) => b.length - a.length);
-    this.#pattern = contents.length > 0 ? new RegExp(contents.map(escapeRegExp).join('|'), 'g') : undefined;
-  }
-
-  split(text: string): Section[] {
-    const sections: Section[] = [];
-    let done = 0;
-    const pattern = this.#pattern;
-    if (pattern !== undefined) {
-      pattern.lastIndex = 0;
-      for (let match = pattern.exec(text); match !== null; match = pattern.exec(text)) {
-        const token = this.#tokens.get(match[0]);
-        if (token === undefined) continue;
-        let from = match.index;
-        let to = from + match[0].length;
-        if (
-          token.single_word &&
-          (wordBefore.test(text.slice(Math.max(0, from - 2), from)) || wordAfter.test(text.slice(to)))
-        )
-          continue;
-        if (token.lstrip) while (from > done && spaceUnit.test(text.charAt(from - 1))) from--;
-        if (token.rstrip) while (to < text.length && spaceUnit.test(text.charAt(to))) to++;
-        if (from > done) sections.push({ from: done, to: from, token: undefined });
-        sections.push({ from, to, token });
-        done = to;
-        pattern.lastIndex = to;
-      }
-    }
-    if (done < text.length) sections.push({ from: done, to: text.length, token: undefined });
-    return sections;
-  }
-}
-
-function readAddedToken(value: unknown, id: unknown, place: string): AddedToken {
-  const entry = requireObject(value, place);
-  const content = requireString(entry.content, `${place}.content`);
-  if (content === '') throw new FormatError(`${place}.content is empty; an added token needs a text.`);
-  const special = optionalBoolean(entry.special, false, `${place}.special`);
-  return {
-    id: requireId(id, `${place}.id`),
-    content,
-    single_word: optionalBoolean(entry.single_word, false, `${place}.single_word`),
-    lstrip: optionalBoolean(entry.lstrip, false, `${place}.lstrip`),
-    rstrip: optionalBoolean(entry.rstrip, false, `${place}.rstrip`),
-    normalized: optionalBoolean(entry.normalized, !special, `${place}.normalized`),
-    special,
-  };
-}
-
-function specContent(value: unknown, place: string): string {
-  const content = requireString(isObject(value) ? value.content : value, place);
-  if (content === '') throw new FormatError(`${place} is empty; a special token needs a text.`);
-  return content;
-}
-
-/** The list of added tokens while it is put together: keeps ids unique and hands out new ones as HF does. */
-class AddedTokenTable {
-  readonly byContent = new Map<string, AddedToken>();
-  readonly #vocab: ReadonlyMap<string, number>;
-  readonly #owners = new Map<number, string>();
-
-  constructor(vocab: ReadonlyMap<string, number>) {
-    this.#vocab = vocab;
-    for (const [content, id] of vocab) this.#owners.set(id, content);
-  }
-
-  insert(token: AddedToken, place: string): void {
-    const inVocab = this.#vocab.get(token.content) ?? this.byContent.get(token.content)?.id;
-    if (inVocab !== undefined && inVocab !== token.id) {
-      throw new FormatError(`${place}: ${show(token.content)} has id ${token.id} here, but id ${inVocab} elsewhere.`);
-    }
-    const owner = this.#owners.get(token.id);
-    if (owner !== undefined && owner !== token.content) {
-      throw new FormatError(`${place}: id ${token.id} of ${show(token.content)} already belongs to ${show(owner)}.`);
-    }
-    this.#owners.set(token.id, token.content);
-    this.byContent.set(token.content, token);
-  }
-
-  /** Makes a token special; a text without an id gets the next free one. Returns whether it is new. */
-  addSpecial(spec: unknown, place: string): { token: AddedToken; isNew: boolean } {
-    const content = specContent(spec, place);
-    const existing = this.byContent.get(content);
-    const vocabId = this.#vocab.get(content);
-    const id = existing?.id ?? vocabId ?? this.nextId();
-    const described = isObject(spec) ? spec : {};
-    const token: AddedToken = {
-      ...readAddedToken({ normalized: false, ...existing, ...described, content, special: true }, id, place),
-    };
-    this.insert(token, place);
-    return { token, isNew: existing === undefined && vocabId === undefined };
-  }
-
-  /** The number of the model's tokens, or one past the highest added id where that is more. */
-  nextId(): number {
-    let next = this.#vocab.size;
-    for (const token of this.byContent.values()) next = Math.max(next, token.id + 1);
-    return next;
-  }
-
-  sorted(): AddedToken[] {
-    return [...this.byContent.values()].sort((a, b) => a.id - b.id);
-  }
-}
-
-/** What the post-processor puts around a text. */
-interface Frame {
-  readonly before: readonly string[];
-  readonly after: readonly string[];
-}
-
-function readFrame(value: unknown, place = 'tokenizer.json: post_processor'): Frame {
-  if (value === undefined || value === null) return { before: [], after: [] };
-  const config = requireObject(value, place);
-  switch (config.type) {
-    case 'ByteLevel':
-      return { before: [], after: [] };
-    case 'Sequence': {
-      let frame: Frame = { before: [], after: [] };
-      requireArray(config.processors, `${place}.processors`).forEach((step, i) => {
-        const inner = readFrame(step, `${place}.processors[${i}]`);
-        frame = { before: [...inner.before, ...frame.before], after: [...frame.after, ...inner.after] };
-      });
-      return frame;
-    }
-    case 'TemplateProcessing': {
-      const before: string[] = [];
-      const after: string[] = [];
-      let seen = false;
-      requireArray(config.single, `${place}.single`).forEach((item, i) => {
-        const entry = requireObject(item, `${place}.single[${i}]`);
-        if (isObject(entry.SpecialToken)) {
-          const name = requireString(entry.SpecialToken.id, `${place}.single[${i}].SpecialToken.id`);
-          const table = isObject(config.special_tokens) ? config.special_tokens[name] : undefined;
-          const tokens = isObject(table) ? table.tokens : undefined;
-          const contents = Array.isArray(tokens)
-            ? tokens.map((token, j) => requireString(token, `${place}.special_tokens[${show(name)}].tokens[${j}]`))
-            : [name];
-          (seen ? after : before).push(...contents);
-        } else if (isObject(entry.Sequence) && entry.Sequence.id === 'A' && !seen) {
-          seen = true;
-        } else {
-          throw new FormatError(
-            `${place}.single[${i}] must be a SpecialToken or the sequence A once, but is ${show(item)}.`,
-          );
-        }
-      });
-      if (!seen) throw new FormatError(`${place}.single has no sequence A, so the text itself would be lost.`);
-      return { before, after };
-    }
-    default:
-      throw new FormatError(
-        `${place}: type ${show(config.type)} is not supported. Supported: Sequence, TemplateProcessing, ByteLevel ` +
-          '(those of the Mistral tokenizers).',
-      );
-  }
-}
-
-/** A post-processor that puts these tokens around a text (and around each text of a pair). */
-function makeTemplate(frame: Frame, idOf: (content: string) => number): JsonObject | null {
-  if (frame.before.length + frame.after.length === 0) return null;
-  const part = (sequence: 'A' | 'B', type: number): JsonObject[] => [
-    ...frame.before.map((id) => ({ SpecialToken: { id, type_id: type } })),
-    { Sequence: { id: sequence, type_id: type } },
-    ...frame.after.map((id) => ({ SpecialToken: { id, type_id: type } })),
-  ];
-  const entries = [...frame.before, ...frame.after].map((id) => [id, { id, ids: [idOf(id)], tokens: [id] }]);
-  return {
-    type: 'TemplateProcessing',
-    single: part('A', 0),
-    pair: [...part('A', 0), ...part('B', 1)],
-    special_tokens: Object.fromEntries(entries),
-  };
 }
 
 /** Everything that a tokenizer is made of, checked. */
@@ -734,22 +515,4 @@ export class Tokenizer {
       'special_tokens_map.json': map,
     };
   }
-}
-
-function edgeToken(
-  setting: unknown,
-  token: string | undefined,
-  current: readonly string[],
-  name: string,
-): readonly string[] {
-  if (setting === undefined || setting === null) return current;
-  if (!optionalBoolean(setting, false, `tokenizer_config.json: add_${name}_token`)) return [];
-  if (token === undefined) {
-    throw new FormatError(`tokenizer_config.json: add_${name}_token is true, but there is no ${name}_token.`);
-  }
-  return [token];
-}
-
-function sameFrame(a: Frame, b: Frame): boolean {
-  return JSON.stringify([a.before, a.after]) === JSON.stringify([b.before, b.after]);
 }

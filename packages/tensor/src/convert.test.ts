@@ -5,7 +5,8 @@ import { loadTensor } from './convert.js';
 import { openDevice, planDevice } from './device.js';
 import { decodeFloats, encodeFloats, type StoredFloat } from './float-bytes.js';
 import { quantize } from './quantized.js';
-import { openSafetensors, type TensorEntry, type TensorFile, writeSafetensors } from './safetensors.js';
+import { openSafetensors, type TensorFile } from './safetensors.js';
+import { type TensorEntry, writeSafetensors } from './safetensors-writer.js';
 import { keep, scope } from './scope.js';
 
 const device = await testDevice();

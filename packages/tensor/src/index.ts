@@ -78,6 +78,7 @@ export {
 } from './json.js';
 export { nearestNames } from './nearest.js';
 export * from './safetensors.js';
+export * from './safetensors-writer.js';
 export {
   crossEntropy,
   crossEntropyOp,

@@ -12,7 +12,7 @@ import {
   saveSafetensors,
   writeFileAtomic,
 } from './node.js';
-import type { TensorEntry } from './safetensors.js';
+import type { TensorEntry } from './safetensors-writer.js';
 
 let folder = '';
 beforeAll(async () => {

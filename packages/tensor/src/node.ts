@@ -9,8 +9,10 @@ import type { FileHandle } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { ByteFolder, ByteSink, ByteSource, SinkFolder } from './byte-source.js';
 import { LorikeetError } from './errors.js';
-import { openCheckpoint, openSafetensors, planCheckpoint, writeCheckpoint, writeSafetensors } from './safetensors.js';
-import type { CheckpointOptions, TensorEntry, TensorFile } from './safetensors.js';
+import { openCheckpoint, openSafetensors } from './safetensors.js';
+import { planCheckpoint, writeCheckpoint, writeSafetensors } from './safetensors-writer.js';
+import type { TensorFile } from './safetensors.js';
+import type { CheckpointOptions, TensorEntry } from './safetensors-writer.js';
 
 /** One read or write of the file system moves at most this many bytes (the system's own limit is 2 GiB). */
 const maxTransfer = 2 ** 30;

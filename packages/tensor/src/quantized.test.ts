@@ -12,7 +12,8 @@ import { loraLinear } from './ops/lora-linear.js';
 import { mul } from './ops/mul.js';
 import { sum } from './ops/sum.js';
 import { dequantize, quantize, Quantizer } from './quantized.js';
-import { openSafetensors, type TensorEntry, type TensorFile, writeSafetensors } from './safetensors.js';
+import { openSafetensors, type TensorFile } from './safetensors.js';
+import { type TensorEntry, writeSafetensors } from './safetensors-writer.js';
 import { keep, scope } from './scope.js';
 import type { Tensor } from './tensor.js';
 

@@ -7,7 +7,7 @@ import { GgufError, type GgufTensor, type GgufValue, openGguf, writeGguf } from 
 import { FormatError, formatJson, parseJson } from './json.js';
 import { nf4Values } from './nf4.js';
 import { isPlainFileName, openCheckpoint, openSafetensors, SafetensorsError, type TensorFile } from './safetensors.js';
-import { type TensorEntry, writeSafetensors } from './safetensors.js';
+import { type TensorEntry, writeSafetensors } from './safetensors-writer.js';
 
 const utf8 = (text: string): Uint8Array => new TextEncoder().encode(text);
 const entry = (name: string, dtype: TensorEntry['dtype'], shape: number[], bytes: number): TensorEntry => {

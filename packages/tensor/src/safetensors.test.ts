@@ -10,10 +10,8 @@ import {
   openSafetensors,
   SafetensorsError,
   type SafetensorsDType,
-  type TensorEntry,
-  writeCheckpoint,
-  writeSafetensors,
 } from './safetensors.js';
+import { type TensorEntry, writeCheckpoint, writeSafetensors } from './safetensors-writer.js';
 
 /** A file from header text and a number of data bytes, whatever the header claims. */
 function fileOf(header: string | Uint8Array, dataBytes: number, length?: bigint): ByteSource {
