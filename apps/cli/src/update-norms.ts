@@ -1,9 +1,10 @@
-/** What the updates of an adapter weigh, in a line: whoever loads one sees whether it does anything. */
+/** What the updates of an adapter weigh: whoever loads one sees whether it does anything, and where. */
 import { CliError } from './errors.js';
 import { formatCount, formatNumber, printable } from './text.js';
+import { type Align, formatTable } from './ui.js';
 
 /**
- * Describes the norms of the updates by path.
+ * Describes the norms of the updates by path: the range, and each of them, a line for those that differ in their layer alone.
  * @param where the adapter's folder, for messages
  * @throws CliError when one is not finite: the adapter is broken
  */
@@ -24,5 +25,22 @@ export function describeNorms(norms: ReadonlyMap<string, number>, where: string)
   const [, least] = sorted[zeros];
   const [path, most] = sorted[sorted.length - 1];
   const unmoved = zeros === 0 ? '' : `; ${formatCount(zeros)} are zero`;
-  return `adapter loaded: ${formatCount(sorted.length)} updates with norms from ${formatNumber(least)} to ${formatNumber(most)} (${printable(path)})${unmoved}`;
+  return `adapter loaded: ${formatCount(sorted.length)} updates with norms from ${formatNumber(least)} to ${formatNumber(most)} (${printable(path)})${unmoved}\n${byLayer(norms)}`;
+}
+
+/** The norms as rows of a table, in the order of the layers. */
+function byLayer(norms: ReadonlyMap<string, number>): string {
+  const rows = new Map<string, number[]>();
+  for (const [path, norm] of norms) {
+    const place = path.replace(/(?<=^|\.)\d+(?=\.)/g, '*');
+    rows.set(place, [...(rows.get(place) ?? []), norm]);
+  }
+  const lastName = (place: string): string => place.slice(place.lastIndexOf('.') + 1);
+  const names = Array.from(rows.keys(), lastName);
+  const cells = Array.from(rows, ([place, values], i) => {
+    const alone = names.every((name, other) => other === i || name !== names[i]);
+    return [`  ${printable(alone ? names[i] : place)}`, ...values.map((norm) => formatNumber(norm, 2))];
+  });
+  const most = Math.max(...cells.map(({ length }) => length));
+  return formatTable(cells, ['left', ...Array<Align>(most - 1).fill('right')]);
 }
