@@ -4,17 +4,20 @@ import { describeNorms } from './update-norms.js';
 describe('describeNorms', () => {
   it('tells the range, and each norm in the order of the layers', () => {
     const norms = new Map([
-      ['model.layers.0.self_attn.q_proj', 0.5],
       ['model.layers.0.mlp.up_proj', 1.25],
-      ['model.layers.1.self_attn.q_proj', 12.5],
-      ['model.layers.1.mlp.up_proj', 0],
+      ['model.layers.0.self_attn.q_proj', 0.5],
+      // As files have them, by the letters of their names.
+      ['model.layers.10.mlp.up_proj', 7],
+      ['model.layers.10.self_attn.q_proj', 6],
+      ['model.layers.2.mlp.up_proj', 0],
+      ['model.layers.2.self_attn.q_proj', 12.5],
       ['lm_head', 3],
     ]);
     expect(describeNorms(norms, 'out').split('\n')).toEqual([
-      'adapter loaded: 5 updates with norms from 0.5 to 12.5 (model.layers.1.self_attn.q_proj); 1 are zero',
-      '  q_proj   0.5  13',
-      '  up_proj  1.3   0',
+      'adapter loaded: 7 updates with norms from 0.5 to 12.5 (model.layers.2.self_attn.q_proj); 1 are zero',
       '  lm_head    3',
+      '  up_proj  1.3   0  7',
+      '  q_proj   0.5  13  6',
     ]);
   });
 

@@ -28,10 +28,13 @@ export function describeNorms(norms: ReadonlyMap<string, number>, where: string)
   return `adapter loaded: ${formatCount(sorted.length)} updates with norms from ${formatNumber(least)} to ${formatNumber(most)} (${printable(path)})${unmoved}\n${byLayer(norms)}`;
 }
 
+/** Layer 2 before layer 10. */
+const inLayers = new Intl.Collator('en', { numeric: true });
+
 /** The norms as rows of a table, in the order of the layers. */
 function byLayer(norms: ReadonlyMap<string, number>): string {
   const rows = new Map<string, number[]>();
-  for (const [path, norm] of norms) {
+  for (const [path, norm] of [...norms].sort(([a], [b]) => inLayers.compare(a, b))) {
     const place = path.replace(/(?<=^|\.)\d+(?=\.)/g, '*');
     rows.set(place, [...(rows.get(place) ?? []), norm]);
   }

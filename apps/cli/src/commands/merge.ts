@@ -108,7 +108,9 @@ export async function runMerge(context: CommandContext, options: MergeOptions): 
     let norms: ReadonlyMap<string, number> = new Map();
     await writeFolderAtomic(options.output, async (folder) => {
       ({ written, norms } = await writeMerged(context, device, folder, merged));
-      ui.note(describeNorms(norms, adapterFiles.folder));
+      const described = describeNorms(norms, adapterFiles.folder);
+      // Verifying has loaded the adapter, and told of it.
+      if (before === undefined) ui.note(described);
       await writeSideFiles(folder, merged);
       if (prompts === undefined || before === undefined) return;
       const model = await loadModel(context, device, await readModelFiles(context, folder), { dtype: compute });
