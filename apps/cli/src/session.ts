@@ -237,8 +237,6 @@ export interface LoadModelOptions {
   readonly dtype?: ConfigDType | undefined;
   /** Storage of the linear layers; as the checkpoint has them where neither is asked for. */
   readonly quantization?: Quantization | undefined;
-  /** Holds what is in 4 bits as the floats that these restore to. */
-  readonly restore?: boolean | undefined;
   /** Rows of embedding and head; new ones are made with the mean of the old. Default: as many as the checkpoint has. */
   readonly vocabSize?: number | undefined;
 }
@@ -251,7 +249,7 @@ export async function loadModel(
   options: LoadModelOptions = {},
 ): Promise<Mistral> {
   const { ui, signal } = context;
-  const { vocabSize = 0, quantization, restore } = options;
+  const { vocabSize = 0, quantization } = options;
   const problem = quantization === 'nf4' ? quantizationProblem(files.config) : undefined;
   if (problem !== undefined) throw new CliError(problem, { where: files.folder });
   const file = await openCheckpointFolder(files.folder);
@@ -260,7 +258,6 @@ export async function loadModel(
     const load = {
       dtype: deviceDType(options.dtype, file),
       quantization,
-      restore,
       signal,
       onWarning: (message: string) => ui.warn(message),
       onProgress: (done: number, total: number) => {
@@ -283,8 +280,6 @@ export interface SessionFlags extends HubFlags, DeviceFlags {
   readonly dtype?: ConfigDType | undefined;
   /** Stores the linear layers in 4 bits. */
   readonly loadIn4bit?: boolean | undefined;
-  /** Holds what is in 4 bits as the floats that these restore to. */
-  readonly restore?: boolean | undefined;
 }
 
 /** The files that a command works with, before the device is asked for anything. */
@@ -355,9 +350,9 @@ export async function openSession(context: CommandContext, flags: SessionFlags, 
   }
   const device = await openCommandDevice(flags);
   try {
-    const { dtype, restore } = flags;
-    const quantization = flags.loadIn4bit === true ? 'nf4' : restore === true ? 'none' : undefined;
-    const model = await loadModel(context, device, files, { dtype, vocabSize, quantization, restore });
+    const { dtype } = flags;
+    const quantization = flags.loadIn4bit === true ? 'nf4' : undefined;
+    const model = await loadModel(context, device, files, { dtype, vocabSize, quantization });
     const adapter = adapterFiles === undefined ? undefined : await loadAdapter(model, openFolder(adapterFiles.folder));
     if (adapter !== undefined && adapterFiles !== undefined) {
       context.ui.note(describeNorms(await adapter.updateNorms(), adapterFiles.folder));

@@ -11,6 +11,8 @@ import {
   parseMistralConfig,
   rewriteMistral,
   saveMistral,
+  Tokenizer,
+  writeMistralGguf,
 } from '@lorikeet/mistral';
 import {
   type Adapter,
@@ -24,7 +26,7 @@ import {
   tokenIndices,
 } from '@lorikeet/peft';
 import { Linear } from '@lorikeet/nn';
-import { keep, quantize, scope, type Tensor } from '@lorikeet/tensor';
+import { keep, memorySink, quantize, scope, type Tensor } from '@lorikeet/tensor';
 import { createFolder, openCheckpointFolder, openFolder } from '@lorikeet/tensor/node';
 import { testDevice } from '@lorikeet/testing';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -140,6 +142,48 @@ describe.each([
     const report = await merge(base, output);
     await expectSameFiles(output, 'whole', ['config.json', 'model.safetensors']);
     expect(Object.values(object(report['update_norms'])).every((norm) => Number(norm) > 0)).toBe(true);
+  });
+});
+
+describe('into a GGUF file', () => {
+  /** Runs `lorikeet export --to gguf` on the saved adapter; its report, and the bytes. */
+  async function exported(base: string, type: string): Promise<{ report: Record<string, unknown>; bytes: Buffer }> {
+    const output = at(`${base}-${type}.gguf`);
+    await rm(output, { force: true });
+    const paths = ['--model', at(base), '--adapter', at('adapter'), '--output', output];
+    const run = await cli(['export', '--to', 'gguf', ...paths, '--type', type, '--json']);
+    expect(run.err).not.toContain('error');
+    expect(run.err).toContain('adapter loaded: ');
+    return { report: object(JSON.parse(run.out)), bytes: await readFile(output) };
+  }
+
+  it.each([
+    ['f32', 'f32', {}],
+    ['bf16', 'q8_0', {}],
+    ['f32', 'f16', { quantization: 'nf4', restore: true }],
+  ] as const)('%s as %s, %j: the bytes of the whole model merged', async (base, type, options) => {
+    const whole = await mergedWhole(base, () => loraConfig(low), { dtype: 'f32', ...options });
+    if ('quantization' in options) await writeFile(at('adapter', 'run.yaml'), 'load_in_4bit: true\n');
+    const tokenizerJson: unknown = JSON.parse(await readFile(at(base, 'tokenizer.json'), 'utf8'));
+    const tokenizer = Tokenizer.fromFiles({ tokenizerJson });
+    const sink = memorySink('whole.gguf');
+    const stored = ({ f32: 'F32', f16: 'F16', q8_0: 'Q8_0' } as const)[type];
+    await writeMistralGguf(whole, tokenizer, sink, { type: stored, name: 'adapter' });
+    whole.dispose();
+    const { bytes } = await exported(base, type);
+    expect(bytes.equals(sink.bytes())).toBe(true);
+  });
+
+  it('the device holds a few weights at a time, however many layers there are', async () => {
+    const peaks: unknown[] = [];
+    for (const layers of [2, 6]) {
+      const base = `gguf-${layers}`;
+      await writeTinyModel(device, at(base), { hidden_size: 64, intermediate_size: 128, num_hidden_layers: layers });
+      (await mergedWhole(base, () => loraConfig(low), { dtype: 'f32' })).dispose();
+      peaks.push((await exported(base, 'f16')).report['peak_bytes']);
+    }
+    expect(peaks[0]).toBeGreaterThan(0);
+    expect(peaks[1]).toBe(peaks[0]);
   });
 });
 

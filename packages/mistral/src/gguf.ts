@@ -7,6 +7,7 @@ import {
   type GgufTensor,
   type GgufType,
   type GgufValue,
+  isQuantized,
   keep,
   LorikeetError,
   scope,
@@ -18,6 +19,7 @@ import { ggufHeadRows, ggufModuleName, ggufRows } from './gguf-names.js';
 import { ggufTokenizer, type GgufTokenizerOptions } from './gguf-tokenizer.js';
 import type { Mistral } from './model.js';
 import { checkedParameters, slicesOf } from './read-back.js';
+import type { WeightSource } from './save.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** Options of `writeMistralGguf`. */
@@ -80,15 +82,35 @@ function configuredTokens(config: MistralConfig): [string, GgufValue][] {
  * @throws LorikeetError when a layer is wrapped by an adapter, for a tokenizer that llama.cpp would not follow, and for
  *   values that are not finite or that F16 cannot hold
  */
-export async function writeMistralGguf(
+export function writeMistralGguf(
   model: Mistral,
   tokenizer: Tokenizer,
   sink: ByteSink,
   options: GgufOptions,
 ): Promise<GgufReport> {
+  const weights = Array.from(checkedParameters(model), ([path, tensor]): GgufWeight => {
+    if (!isQuantized(tensor.dtype)) return { path, shape: tensor.shape, open: () => Promise.resolve(tensor) };
+    const open = (): Promise<Tensor> => Promise.resolve(scope(() => keep(dequantize(tensor))));
+    return { path, shape: tensor.shape, open, close: (restored) => restored.dispose() };
+  });
+  return writeGgufWeights(model.config, weights, tokenizer, sink, options);
+}
+
+/** @internal A weight under its checkpoint name. */
+export interface GgufWeight extends WeightSource {
+  readonly path: string;
+  readonly shape: readonly number[];
+}
+
+/** @internal Writes weights that are opened one after the other, see `writeMistralGguf`. */
+export async function writeGgufWeights(
+  config: MistralConfig,
+  weights: readonly GgufWeight[],
+  tokenizer: Tokenizer,
+  sink: ByteSink,
+  options: GgufOptions,
+): Promise<GgufReport> {
   const { type, onProgress, onWarning, signal } = options;
-  const { config } = model;
-  const parameters = checkedParameters(model);
   const metadata = new Map<string, GgufValue>([
     ['general.architecture', { type: 'string', value: 'llama' }],
     ['general.type', { type: 'string', value: 'model' }],
@@ -109,20 +131,22 @@ export async function writeMistralGguf(
   let done = 0;
   let total = 0;
   const fallbacks: string[] = [];
-  const tensors = [...parameters].map(([path, tensor]): GgufTensor => {
+  const tensors = weights.map((source): GgufTensor => {
+    const { path, shape } = source;
     const module = path.replace(/\.weight$/, '');
     const name = `${ggufModuleName(module)}.weight`;
-    const stored = storedType(tensor, type);
-    if (tensor.shape.length > 1 && stored !== type) fallbacks.push(name);
-    total += ggufBytes(tensor.shape, stored);
+    const stored = storedType(shape, type);
+    if (shape.length > 1 && stored !== type) fallbacks.push(name);
+    total += ggufBytes(shape, stored);
     return {
       name,
-      shape: tensor.shape,
+      shape,
       type: stored,
       async *rows() {
-        const restored = restore(tensor);
+        signal?.throwIfAborted();
+        const weight = await source.open();
         try {
-          for await (const values of ggufRows(slicesOf(restored), tensor.columns, ggufHeadRows(module, config))) {
+          for await (const values of ggufRows(slicesOf(weight), weight.columns, ggufHeadRows(module, config))) {
             signal?.throwIfAborted();
             checkValues(values, path, stored);
             yield values;
@@ -130,7 +154,7 @@ export async function writeMistralGguf(
             onProgress?.(done, total);
           }
         } finally {
-          if (restored !== tensor) restored.dispose();
+          source.close?.(weight);
         }
       },
     };
@@ -144,13 +168,9 @@ export async function writeMistralGguf(
   return { tensors: tensors.length, bytes: total, fallbacks };
 }
 
-function storedType({ shape, columns }: Tensor, wanted: GgufType): GgufType {
+function storedType(shape: readonly number[], wanted: GgufType): GgufType {
   if (shape.length === 1) return 'F32';
-  return fitsGguf(wanted, columns) ? wanted : 'F16';
-}
-
-function restore(tensor: Tensor): Tensor {
-  return tensor.dtype === 'nf4' || tensor.dtype === 'nf4-f32' ? scope(() => keep(dequantize(tensor))) : tensor;
+  return fitsGguf(wanted, shape[1]) ? wanted : 'F16';
 }
 
 /** Beyond this a value becomes infinite in F16, by rounding to nearest. */

@@ -46,7 +46,13 @@ export * from './config.js';
 export { KvCache, LayerCache, PromptCache } from './cache.js';
 export { type LoadOptions, loadMistral } from './load.js';
 export { isQuantized, type Quantization, quantizationProblem } from './quantization.js';
-export { type RewriteOptions, rewriteMistral, type WeightChange } from './rewrite.js';
+export {
+  type ChangeOptions,
+  type RewriteOptions,
+  rewriteMistral,
+  rewriteMistralGguf,
+  type WeightChange,
+} from './rewrite.js';
 export { type SaveOptions, saveMistral } from './save.js';
 export { type GgufOptions, type GgufReport, writeMistralGguf } from './gguf.js';
 export { ggufHeadRows, ggufModuleName, ggufRows } from './gguf-names.js';

@@ -6,7 +6,7 @@ import type { Mistral } from './model.js';
 /** Values that are read back at a time. */
 const sliceSize = 2 ** 20;
 
-/** The parameters under their checkpoint names; refuses a model that is not as its configuration says. */
+/** The parameters under their checkpoint names, in the order of {@link mistralTensors}; refuses a model that is not as its configuration says. */
 export function checkedParameters(model: Mistral): Map<string, Tensor> {
   const expected = mistralTensors(model.config);
   const found = new Map(model.namedParameters());
@@ -20,12 +20,13 @@ export function checkedParameters(model: Mistral): Map<string, Tensor> {
     );
   }
   const lines: string[] = [];
+  const ordered = new Map<string, Tensor>();
   for (const [name, shape] of expected) {
     const parameter = found.get(name);
     if (parameter === undefined) lines.push(`${name} is not there`);
     else if (parameter.shape.join() !== shape.join()) {
       lines.push(`${name} is [${parameter.shape.join(', ')}], the configuration says [${shape.join(', ')}]`);
-    }
+    } else ordered.set(name, parameter);
   }
   for (const name of found.keys()) if (!expected.has(name)) lines.push(`${name} has no place in a checkpoint`);
   if (lines.length > 0) {
@@ -33,7 +34,7 @@ export function checkedParameters(model: Mistral): Map<string, Tensor> {
       `the model is not what its configuration describes, so it is not saved:\n${lines.map((line) => `  - ${line}`).join('\n')}`,
     );
   }
-  return found;
+  return ordered;
 }
 
 /** The values in order, some rows at a time. */

@@ -1,5 +1,6 @@
 /** A checkpoint written anew weight by weight, as merging an adapter does: the model is never there as a whole. */
 import {
+  type ByteSink,
   type Device,
   isQuantized as inFourBits,
   LorikeetError,
@@ -13,9 +14,11 @@ import {
   type TensorFile,
 } from '@lorikeet/tensor';
 import { type MistralConfig, mistralTensors } from './config.js';
+import { type GgufOptions, type GgufReport, writeGgufWeights } from './gguf.js';
 import { type LoadOptions, openMistralWeights } from './load.js';
 import { isQuantized, quantizationProblem } from './quantization.js';
-import { CheckpointWriter, piecesOf, type SaveOptions } from './save.js';
+import { CheckpointWriter, piecesOf, type SaveOptions, type WeightSource } from './save.js';
+import type { Tokenizer } from './tokenizer.js';
 
 /** What is done to the weights on their way, such as an adapter's `WeightMerge`. */
 export interface WeightChange {
@@ -25,14 +28,16 @@ export interface WeightChange {
   merged(name: string, weight: Tensor): Promise<Tensor>;
 }
 
-/** Options of `rewriteMistral`. */
-export interface RewriteOptions
-  extends Pick<LoadOptions, 'quantization' | 'vocabSize' | 'onWarning'>,
-    Omit<SaveOptions, 'dtype'> {
-  /** Storage in the file of what is not in 4 bits. */
-  readonly dtype: 'F16' | 'F32' | 'BF16';
+/** How weights are read and changed. */
+export interface ChangeOptions extends Pick<LoadOptions, 'quantization' | 'vocabSize' | 'onWarning' | 'signal'> {
   /** Nothing is changed when left out. */
   readonly change?: WeightChange | undefined;
+}
+
+/** Options of `rewriteMistral`. */
+export interface RewriteOptions extends ChangeOptions, Omit<SaveOptions, 'dtype'> {
+  /** Storage in the file of what is not in 4 bits. */
+  readonly dtype: 'F16' | 'F32' | 'BF16';
   /**
    * Writes the linears of the layers in 4 bits, as bitsandbytes does: changed ones quantised anew, in two passes over
    * them, others as they are. Default: everything in `dtype`, what was in 4 bits restored.
@@ -58,9 +63,67 @@ export async function rewriteMistral(
   folder: SinkFolder,
   options: RewriteOptions,
 ): Promise<string[]> {
-  const { change, saveIn4bit = false, quantization, dtype, vocabSize, onWarning, signal } = options;
+  const { change, saveIn4bit = false, dtype, signal } = options;
   const problem = saveIn4bit ? quantizationProblem(config) : undefined;
   if (problem !== undefined) throw new LorikeetError(`${file.name}: ${problem}`);
+  const weights = await openChanged(device, config, file, options);
+  const writer = new CheckpointWriter(weights.config, dtype, options);
+  const packed = [...weights.shapes.keys()].filter((name) => saveIn4bit && isQuantized(name));
+  const matrices = new QuantizedMatrices(device, nf4SourceOf[dtype], (name) =>
+    change?.changes(name) === true ? weights.changed(name) : weights.stored(name),
+  );
+  try {
+    for (const [name, shape] of weights.shapes) {
+      if (!packed.includes(name)) writer.add(name, shape, weights.source(name));
+    }
+    for (const [i, name] of packed.entries()) {
+      signal?.throwIfAborted();
+      writer.addQuantized(await matrices.entries(name));
+      options.onQuantized?.(i + 1, packed.length);
+    }
+    return await writer.write(folder);
+  } finally {
+    matrices.dispose();
+  }
+}
+
+/**
+ * The same into one GGUF file: see `rewriteMistral` and `writeMistralGguf`. The caller closes the sink, or aborts it where this
+ * rejects.
+ */
+export async function rewriteMistralGguf(
+  device: Device,
+  config: MistralConfig,
+  file: TensorFile,
+  tokenizer: Tokenizer,
+  sink: ByteSink,
+  options: ChangeOptions & GgufOptions,
+): Promise<GgufReport> {
+  const weights = await openChanged(device, config, file, options);
+  const sources = Array.from(weights.shapes, ([path, shape]) => ({ path, shape, ...weights.source(path) }));
+  return writeGgufWeights(weights.config, sources, tokenizer, sink, options);
+}
+
+/** The weights of a checkpoint, each read when it is asked for. */
+interface ChangedWeights {
+  /** That of the model, with the new vocabulary. */
+  readonly config: MistralConfig;
+  /** Shapes by checkpoint name. */
+  readonly shapes: ReadonlyMap<string, readonly number[]>;
+  /** As the model would be loaded; the caller's to free. */
+  stored(name: string): Promise<Tensor>;
+  /** Changed, in f32 or f16; the caller's to free. */
+  changed(name: string): Promise<Tensor>;
+  /** The changed weight, for writers. */
+  source(name: string): WeightSource;
+}
+
+async function openChanged(
+  device: Device,
+  config: MistralConfig,
+  file: TensorFile,
+  { change, quantization, vocabSize, onWarning, signal }: ChangeOptions,
+): Promise<ChangedWeights> {
   const weights = await openMistralWeights(device, config, file, {
     weights: 'f32',
     quantization,
@@ -73,30 +136,18 @@ export async function rewriteMistral(
     const weight = await weights.read(name, shapes.get(name) ?? [], true);
     return change === undefined ? weight : change.merged(name, weight);
   };
-  const writer = new CheckpointWriter(weights.config, dtype, options);
-  const packed = [...shapes.keys()].filter((name) => saveIn4bit && isQuantized(name));
-  const matrices = new QuantizedMatrices(device, nf4SourceOf[dtype], (name) =>
-    change?.changes(name) === true ? changed(name) : weights.read(name, shapes.get(name) ?? [], false),
-  );
-  try {
-    for (const [name, shape] of shapes) {
-      if (packed.includes(name)) continue;
-      const close = (weight: Tensor): void => {
-        weight.dispose();
-        // Buffers of one weight's size are of no use for the next.
-        device.trim();
-      };
-      writer.add(name, shape, { open: () => changed(name), close });
-    }
-    for (const [i, name] of packed.entries()) {
-      signal?.throwIfAborted();
-      writer.addQuantized(await matrices.entries(name));
-      options.onQuantized?.(i + 1, packed.length);
-    }
-    return await writer.write(folder);
-  } finally {
-    matrices.dispose();
-  }
+  const close = (weight: Tensor): void => {
+    weight.dispose();
+    // Buffers of one weight's size are of no use for the next.
+    device.trim();
+  };
+  return {
+    config: weights.config,
+    shapes,
+    stored: (name) => weights.read(name, shapes.get(name) ?? [], false),
+    changed,
+    source: (name) => ({ open: () => changed(name), close }),
+  };
 }
 
 const nf4SourceOf: Readonly<Record<'F16' | 'F32' | 'BF16', Nf4Source>> = {

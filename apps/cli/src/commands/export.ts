@@ -1,18 +1,26 @@
 /** `lorikeet export`: models and adapters as the files of other tools. */
 import { copyFile, mkdir, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
-import { type GgufReport, writeMistralGguf } from '@lorikeet/mistral';
+import { type GgufReport, rewriteMistralGguf } from '@lorikeet/mistral';
 import { type AdapterConfig, adapterWeightsFile, isLoraConfig, readLoraFile, writeMlxAdapter } from '@lorikeet/peft';
 import type { ByteSink, GgufType } from '@lorikeet/tensor';
-import { createFile, createFolder, openFolder, openSafetensorsFile } from '@lorikeet/tensor/node';
+import { createFile, createFolder, openCheckpointFolder, openFolder, openSafetensorsFile } from '@lorikeet/tensor/node';
 import type { CommandContext } from '../context.js';
 import { CliError, errorCode, fileError, UsageError } from '../errors.js';
 import { checkFitsModel, writeGgufLora } from '../export-gguf-lora.js';
-import { openSession, readAdapterFiles, readModelFiles, readSession, requireTokenizer } from '../session.js';
+import {
+  neededVocabSize,
+  openCommandDevice,
+  readAdapterFiles,
+  readModelFiles,
+  readSession,
+  requireTokenizer,
+} from '../session.js';
 import { formatBytes, formatCount, printable } from '../text.js';
 import type { Progress } from '../ui.js';
+import { describeNorms } from '../update-norms.js';
 import { writeFolderAtomic } from '../write.js';
-import { checkEmpty, isBaseIn4bit, mergeStorage } from './merge.js';
+import { checkEmpty, isBaseIn4bit, openChange } from './merge.js';
 
 /** Storage of a GGUF file's matrices. */
 export type ExportType = 'f16' | 'q8_0' | 'q4_0' | 'f32';
@@ -61,28 +69,31 @@ export async function runExport(context: CommandContext, options: ExportOptions)
   await exportAdapter(context, { ...options, adapter });
 }
 
-/** The model, with the adapter merged where one is given. */
+/** The model, with the adapter merged where one is given: weight by weight, as `merge` does. */
 async function exportModel(context: CommandContext, options: ExportOptions): Promise<void> {
   const { ui } = context;
   await checkNew(options.output);
   const read = await readSession(context, options);
-  const tokenizer = requireTokenizer(read.tokenizer, read.files.folder);
+  const { files, adapterFiles } = read;
+  const tokenizer = requireTokenizer(read.tokenizer, files.folder);
   const type = storageTypes[options.type ?? 'f16'];
-  const { compute } = await mergeStorage(read.files, type === 'F32' ? 'float32' : undefined);
   const loadIn4bit = await isBaseIn4bit(context, read, options.loadIn4bit);
-  const session = await openSession(context, { ...options, dtype: compute, loadIn4bit, restore: true }, read);
+  const vocabSize = neededVocabSize(files.config, tokenizer, adapterFiles?.config);
+  const device = await openCommandDevice();
   try {
-    session.adapter?.mergeAndUnload();
+    const merge = adapterFiles === undefined ? undefined : await openChange(device, files, adapterFiles, vocabSize);
+    const file = await openCheckpointFolder(files.folder);
     let progress: Progress | undefined;
     let report: GgufReport | undefined;
     try {
       await writeNew(options.output, async (sink) => {
-        report = await writeMistralGguf(session.model, tokenizer, sink, {
+        report = await rewriteMistralGguf(device, files.config, file, tokenizer, sink, {
           type,
-          name: basename(resolve(options.adapter ?? read.files.name)),
-          chatTemplate: [tokenizer, read.files.tokenizer].flatMap(
-            (t) => t?.chatTemplateSources.get('default') ?? [],
-          )[0],
+          name: basename(resolve(options.adapter ?? files.name)),
+          change: merge?.change,
+          quantization: loadIn4bit ? 'nf4' : 'none',
+          vocabSize,
+          chatTemplate: [tokenizer, files.tokenizer].flatMap((t) => t?.chatTemplateSources.get('default') ?? [])[0],
           preTokenizer: options.preTokenizer,
           onProgress: (done, total) => {
             progress ??= ui.progress('writing', { total, format: formatBytes });
@@ -91,20 +102,35 @@ async function exportModel(context: CommandContext, options: ExportOptions): Pro
           onWarning: (message) => ui.warn(message),
           signal: context.signal,
         });
+        progress?.done();
+        // A broken adapter leaves no file.
+        if (adapterFiles !== undefined && merge !== undefined) {
+          ui.note(describeNorms(merge.norms, adapterFiles.folder));
+        }
       });
     } finally {
       progress?.done();
+      await file.close();
     }
     const { tensors = 0, bytes = 0, fallbacks = [] } = report ?? {};
     if (ui.json) {
-      ui.data({ output: options.output, format: 'gguf', type, tensors, bytes, stored_as_f16: fallbacks });
+      const { peakBytes } = device.stats();
+      ui.data({
+        output: options.output,
+        format: 'gguf',
+        type,
+        tensors,
+        bytes,
+        stored_as_f16: fallbacks,
+        peak_bytes: peakBytes,
+      });
     }
-    const what = session.adapter === undefined ? 'model' : 'merged model';
+    const what = adapterFiles === undefined ? 'model' : 'merged model';
     ui.line(
       `${what} saved as ${printable(options.output)} (${type}, ${formatCount(tensors)} tensors, ${formatBytes(bytes)})`,
     );
   } finally {
-    session.close();
+    device.destroy();
   }
 }
 

@@ -10,7 +10,7 @@ import {
   withMistralConfig,
 } from '@lorikeet/mistral';
 import { EmptyWeights } from '@lorikeet/nn';
-import { openWeightMerge } from '@lorikeet/peft';
+import { openWeightMerge, type WeightMerge } from '@lorikeet/peft';
 import { type Device, planDevice } from '@lorikeet/tensor';
 import { createFolder, openCheckpointFolder, openFolder } from '@lorikeet/tensor/node';
 import type { ConfigDType } from '../config.js';
@@ -188,12 +188,7 @@ async function writeMerged(
   folder: string,
   { files, adapterFiles, vocabSize, loadIn4bit, ...storage }: Merged,
 ): Promise<{ readonly written: readonly string[]; readonly norms: ReadonlyMap<string, number> }> {
-  const grown = withMistralConfig(files.config, { vocab_size: vocabSize });
-  const shape = await Mistral.create(grown, new EmptyWeights(planDevice(machineOf(device)), () => 'f32'));
-  const norms = new Map<string, number>();
-  const change = await openWeightMerge(shape, openFolder(adapterFiles.folder), {
-    onNorm: (path, norm) => norms.set(path, norm),
-  });
+  const { change, norms } = await openChange(device, files, adapterFiles, vocabSize);
   const file = await openCheckpointFolder(files.folder);
   let progress: Progress | undefined;
   const bar = (what: string, format: (amount: number) => string) => (done: number, total: number) => {
@@ -221,6 +216,23 @@ async function writeMerged(
   }
 }
 
+/**
+ * Opens an adapter for merging it into the weights of a base one after the other.
+ * @returns with the norm of each update, which comes as its weight is changed
+ */
+export async function openChange(
+  device: Device,
+  { config }: ModelFiles,
+  { folder }: AdapterFiles,
+  vocabSize: number,
+): Promise<{ readonly change: WeightMerge; readonly norms: ReadonlyMap<string, number> }> {
+  const grown = withMistralConfig(config, { vocab_size: vocabSize });
+  const shape = await Mistral.create(grown, new EmptyWeights(planDevice(machineOf(device)), () => 'f32'));
+  const norms = new Map<string, number>();
+  const change = await openWeightMerge(shape, openFolder(folder), { onNorm: (path, norm) => norms.set(path, norm) });
+  return { change, norms };
+}
+
 /** Refuses a folder that holds anything. */
 export async function checkEmpty(folder: string): Promise<void> {
   const names = await readdir(folder).catch((error: unknown) => {
@@ -236,7 +248,7 @@ export async function checkEmpty(folder: string): Promise<void> {
  * In which type the merged model is stored, and in which a whole one is held on the device. The sum is computed in f32
  * always. bfloat16 reaches further than float16, so such a checkpoint is held as f32 unless float16 is asked for.
  */
-export async function mergeStorage(
+async function mergeStorage(
   files: ModelFiles,
   wanted: ConfigDType | undefined,
 ): Promise<{ readonly dtype: 'F32' | 'F16' | 'BF16'; readonly compute: 'float32' | 'float16' }> {
