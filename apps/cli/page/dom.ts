@@ -41,13 +41,8 @@ export function section(title: string, ...children: readonly (Node | string)[]):
 /** A number in few characters. */
 export function shortNumber(value: number): string {
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e7)) {
-    return value
-      .toExponential(2)
-      .replace(/(\.\d*?)0+e/, '$1e')
-      .replace('.e', 'e')
-      .replace('e+', 'e');
-  }
+  if (size !== 0 && (size < 1e-3 || size >= 1e7))
+    return Number(value.toPrecision(3)).toExponential().replace('e+', 'e');
   return size >= 1000 ? Math.round(value).toLocaleString('en-US') : Number(value.toPrecision(4)).toString();
 }
 

@@ -350,8 +350,8 @@ export async function openSession(context: CommandContext, flags: SessionFlags, 
   }
   const device = await openCommandDevice(flags);
   try {
-    const { dtype } = flags;
-    const quantization = flags.loadIn4bit === true ? 'nf4' : undefined;
+    const { dtype, loadIn4bit } = flags;
+    const quantization = loadIn4bit === true ? 'nf4' : undefined;
     const model = await loadModel(context, device, files, { dtype, vocabSize, quantization });
     const adapter = adapterFiles === undefined ? undefined : await loadAdapter(model, openFolder(adapterFiles.folder));
     if (adapter !== undefined && adapterFiles !== undefined) {

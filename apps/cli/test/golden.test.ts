@@ -3,18 +3,9 @@ import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { loadMistral, type Mistral, parseMistralConfig } from '@lorikeet/mistral';
 import { type Adapter, injectAdapter, loadAdapter, loraConfig } from '@lorikeet/peft';
-import {
-  type Device,
-  keep,
-  memorySink,
-  memorySource,
-  openSafetensors,
-  reshape,
-  scope,
-  type SinkFolder,
-} from '@lorikeet/tensor';
+import { type Device, keep, memorySource, openSafetensors, reshape, scope } from '@lorikeet/tensor';
 import { openCheckpointFolder, openFolder } from '@lorikeet/tensor/node';
-import { type Array64, readGolden, relativeError, sharedDir, testDevice } from '@lorikeet/testing';
+import { type Array64, MemoryFolder, readGolden, relativeError, sharedDir, testDevice } from '@lorikeet/testing';
 import { type AdamWOptions, type Batch, batchLoss, scheduleTable, Stepper } from '@lorikeet/trainer';
 import { beforeAll, describe, expect, it } from 'vitest';
 
@@ -242,17 +233,9 @@ describe.skipIf(shared === undefined).each(cases)(`golden %s${where}`, (name) =>
     adapter.unmerge();
     expect(await weights()).toEqual(before);
 
-    const files = new Map<string, ReturnType<typeof memorySink>>();
-    const sinks: SinkFolder = {
-      name: 'memory',
-      create: (file) => {
-        const sink = memorySink(file);
-        files.set(file, sink);
-        return Promise.resolve(sink);
-      },
-    };
-    await adapter.save(sinks);
-    const source = memorySource(files.get('adapter_model.safetensors')?.bytes() ?? new Uint8Array());
+    const saved = new MemoryFolder();
+    await adapter.save(saved);
+    const source = memorySource(saved.bytes('adapter_model.safetensors'));
     const written = await openSafetensors(source);
     const original = await readGolden(folder('golden', name, 'adapter', 'adapter_model.safetensors'));
     expect([...written.tensors.keys()].sort()).toEqual(Object.keys(original).sort());

@@ -18,17 +18,8 @@ import {
   loraConfig,
   type LoraOptions,
 } from '@lorikeet/peft';
-import {
-  type ByteFolder,
-  memorySink,
-  memorySource,
-  openCheckpoint,
-  openDevice,
-  planDevice,
-  type SinkFolder,
-  storedBytes,
-} from '@lorikeet/tensor';
-import { testDevice, testVariant } from '@lorikeet/testing';
+import { openCheckpoint, openDevice, planDevice, storedBytes } from '@lorikeet/tensor';
+import { MemoryFolder, testDevice, testVariant } from '@lorikeet/testing';
 import { type Batch, evaluateLoss, Stepper } from '@lorikeet/trainer';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { resolveConfig } from '../src/config.js';
@@ -57,23 +48,6 @@ const mistral7B: PlanSettings = {
   steps: 2160,
   per_device_eval_batch_size: 0,
 };
-
-/** A folder in memory that can be read again. */
-function memoryFolder(): SinkFolder & ByteFolder {
-  const files = new Map<string, ReturnType<typeof memorySink>>();
-  return {
-    name: 'memory',
-    create: async (name) => {
-      const sink = memorySink(name);
-      files.set(name, sink);
-      return sink;
-    },
-    open: async (name) => {
-      const bytes = files.get(name)?.bytes();
-      return bytes && memorySource(bytes, name);
-    },
-  };
-}
 
 /** A random run of random size. Widths are ragged, but for 4 bits, whose rows are multiples of 8. */
 function randomSettings(random: Random, index: number): PlanSettings {
@@ -117,7 +91,7 @@ function randomSettings(random: Random, index: number): PlanSettings {
 
 /** The model of the settings, loaded from a checkpoint. */
 async function loadedModel({ model: config, dtype, load_in_4bit }: PlanSettings): Promise<Mistral> {
-  const folder = memoryFolder();
+  const folder = new MemoryFolder();
   const made = await Mistral.create(config, new InitWeights(device, { seed: 1 }));
   await saveMistral(made, folder);
   made.dispose();

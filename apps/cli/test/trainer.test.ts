@@ -12,8 +12,8 @@ import {
   prefixTuningConfig,
   promptTuningConfig,
 } from '@lorikeet/peft';
-import { type ByteFolder, memorySink, memorySource, openCheckpoint, type SinkFolder } from '@lorikeet/tensor';
-import { testDevice } from '@lorikeet/testing';
+import { type ByteFolder, openCheckpoint } from '@lorikeet/tensor';
+import { MemoryFolder, testDevice } from '@lorikeet/testing';
 import { type SFTConfig, SFTTrainer, scoreCompletions, type TokenizedExample } from '@lorikeet/trainer';
 import { describe, expect, it } from 'vitest';
 
@@ -58,23 +58,6 @@ const args: SFTConfig = {
   gradient_checkpointing: true,
 };
 
-/** A folder in memory that can be read again. */
-function memoryFolder(): SinkFolder & ByteFolder {
-  const files = new Map<string, ReturnType<typeof memorySink>>();
-  return {
-    name: 'memory',
-    create: async (name) => {
-      const sink = memorySink(name);
-      files.set(name, sink);
-      return sink;
-    },
-    open: async (name) => {
-      const bytes = files.get(name)?.bytes();
-      return bytes && memorySource(bytes, name);
-    },
-  };
-}
-
 describe('SFTTrainer over Mistral', () => {
   it('LoRA: the loss falls, the base stays, the written adapter scores as the trained one', async () => {
     const model = await fresh();
@@ -93,7 +76,7 @@ describe('SFTTrainer over Mistral', () => {
     expect(after.eval_loss).toBeLessThan(before.eval_loss / 5);
     expect(await model.model.embed_tokens.weight.read()).toEqual(embedding);
 
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await trainer.saveModel(folder);
     const again = await fresh();
     await loadAdapter(again, folder);
@@ -123,7 +106,7 @@ describe('SFTTrainer over Mistral', () => {
     await trainer.train();
     const after = await trainer.evaluate();
     expect(after.eval_loss).toBeLessThan(0.95 * before.eval_loss);
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await trainer.saveModel(folder);
     const again = await fresh();
     await loadAdapter(again, folder);
@@ -153,12 +136,12 @@ describe('SFTTrainer over Mistral', () => {
       await trainer.train({
         resume_from_checkpoint: resume,
         onCheckpoint: async (record) => {
-          const folder = memoryFolder();
+          const folder = new MemoryFolder();
           await trainer.saveCheckpoint(record, folder);
           folders.push(folder);
         },
       });
-      const end = memoryFolder();
+      const end = new MemoryFolder();
       await trainer.saveModel(end);
       const file = await end.open('adapter_model.safetensors');
       if (file === undefined) throw new Error('no adapter was written');
@@ -185,7 +168,7 @@ describe('SFTTrainer over Mistral', () => {
     expect((await trainer.evaluate()).eval_loss).toBeLessThan(0.05);
     for (const [name, value] of await weights()) expect(value, name).not.toBe(start.get(name));
 
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await trainer.saveModel(folder);
     const again = await loadMistral(device, config, await openCheckpoint(folder), { dtype: 'f32' });
     expect(await scoreCompletions(again, examples)).toEqual(await scoreCompletions(model, examples));

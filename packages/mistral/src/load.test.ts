@@ -1,7 +1,7 @@
 /** Loads that fail on the way. */
 import { InitWeights } from '@lorikeet/nn';
-import { type ByteFolder, memorySink, memorySource, openCheckpoint, type SinkFolder } from '@lorikeet/tensor';
-import { testDevice } from '@lorikeet/testing';
+import { openCheckpoint } from '@lorikeet/tensor';
+import { MemoryFolder, testDevice } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import { mistralConfig, parseMistralConfig } from './config.js';
 import { loadMistral, type LoadOptions } from './load.js';
@@ -9,34 +9,6 @@ import { Mistral } from './model.js';
 import { saveMistral } from './save.js';
 
 const device = await testDevice();
-
-/** A checkpoint in memory whose files can be read a number of times, as on a disk that fails. */
-class FailingFolder implements SinkFolder, ByteFolder {
-  readonly name = 'memory';
-  readonly #files = new Map<string, Uint8Array>();
-  readsLeft = Infinity;
-
-  create(fileName: string): ReturnType<SinkFolder['create']> {
-    const sink = memorySink(fileName);
-    const close = (): Promise<void> => Promise.resolve(void this.#files.set(fileName, sink.bytes()));
-    return Promise.resolve({ ...sink, close });
-  }
-
-  open(fileName: string): ReturnType<ByteFolder['open']> {
-    const bytes = this.#files.get(fileName);
-    if (bytes === undefined) return Promise.resolve(undefined);
-    const source = memorySource(bytes, fileName);
-    return Promise.resolve({
-      ...source,
-      read: (offset, length) =>
-        --this.readsLeft < 0 ? Promise.reject(new Error('the disk is gone')) : source.read(offset, length),
-    });
-  }
-
-  text(fileName: string): string {
-    return new TextDecoder().decode(this.#files.get(fileName));
-  }
-}
 
 it.each<[string, boolean, LoadOptions]>([
   ['f16', false, {}],
@@ -54,7 +26,7 @@ it.each<[string, boolean, LoadOptions]>([
     num_key_value_heads: 2,
   });
   const { liveBytes } = device.stats();
-  const folder = new FailingFolder();
+  const folder = new MemoryFolder();
   const whole = await Mistral.create(config, new InitWeights(device, { seed: 3, dtype: 'f32' }), { dtype: 'f32' });
   await saveMistral(whole, folder);
   whole.dispose();

@@ -6,7 +6,7 @@ import type { Mistral } from './model.js';
 /** Values that are read back at a time. */
 const sliceSize = 2 ** 20;
 
-/** The parameters under their checkpoint names, in the order of {@link mistralTensors}; refuses a model that is not as its configuration says. */
+/** The parameters by checkpoint name, in the order of `mistralTensors`; refuses a model that is not as its configuration says. */
 export function checkedParameters(model: Mistral): Map<string, Tensor> {
   const expected = mistralTensors(model.config);
   const found = new Map(model.namedParameters());

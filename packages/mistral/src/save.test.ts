@@ -1,21 +1,17 @@
 import { hashString, InitWeights, Layer, Random } from '@lorikeet/nn';
 import {
-  type ByteFolder,
   type Device,
   dequantize,
   keep,
   quantize,
   encodeFloats,
   decodeFloats,
-  memorySink,
-  memorySource,
   openCheckpoint,
   scope,
-  type SinkFolder,
   type Tensor,
   type TensorFile,
 } from '@lorikeet/tensor';
-import { testDevice } from '@lorikeet/testing';
+import { MemoryFolder, testDevice } from '@lorikeet/testing';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { mistralConfig, type MistralOptions, mistralTensors, parseMistralConfig } from './config.js';
 import { generate } from './generate.js';
@@ -30,32 +26,6 @@ let device: Device;
 beforeAll(async () => {
   device = await testDevice();
 });
-
-/** A folder in memory; a file is there once its sink is closed. */
-class MemoryFolder implements SinkFolder, ByteFolder {
-  readonly name = 'memory';
-  readonly files = new Map<string, Uint8Array>();
-
-  create(fileName: string): ReturnType<SinkFolder['create']> {
-    const sink = memorySink(fileName);
-    return Promise.resolve({
-      ...sink,
-      close: () => {
-        this.files.set(fileName, sink.bytes());
-        return Promise.resolve();
-      },
-    });
-  }
-
-  open(fileName: string): ReturnType<ByteFolder['open']> {
-    const bytes = this.files.get(fileName);
-    return Promise.resolve(bytes === undefined ? undefined : memorySource(bytes, fileName));
-  }
-
-  text(fileName: string): string {
-    return new TextDecoder().decode(this.files.get(fileName));
-  }
-}
 
 const tiny: MistralOptions = {
   vocab_size: 61,

@@ -1,9 +1,9 @@
 /** Several adapters over one model: against float64, against single runs, and what is left when they go. */
 import type { Module } from '@lorikeet/nn';
-import { array64, type Array64, linear64, map64, relativeError, testDevice } from '@lorikeet/testing';
+import { type Array64, array64, linear64, map64, MemoryFolder, relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { gradientsOf, MethodNet } from '../test/method-net.js';
-import { assign, memoryFolder, TinyModel, values, vocab, width } from '../test/tiny-model.js';
+import { assign, TinyModel, values, vocab, width } from '../test/tiny-model.js';
 import type { Adapter } from './adapter.js';
 import { createAdapter, injectAdapter } from './create-adapter.js';
 import { AdapterSet } from './adapter-set.js';
@@ -103,7 +103,7 @@ describe('a parked adapter', () => {
     expect(await model.readLogits(ids)).toEqual(base);
     expect(await adapter.updateNorms()).toEqual(norms);
     expect(adapter.trainableReport()).toEqual(report);
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder);
     await move(adapter, 'elsewhere');
     await adapter.load(folder);
@@ -153,7 +153,7 @@ describe('a set of adapters', () => {
     const model = new TinyModel(device);
     const injected = injectAdapter(model, configs.one);
     await move(injected, 'one');
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await injected.save(folder);
     const set = new AdapterSet(model);
     await set.add('mine', injected);
@@ -163,7 +163,7 @@ describe('a set of adapters', () => {
     set.activate('again');
     expect(await model.readLogits(ids)).toEqual(logits);
     const bytes = live();
-    await expect(set.load('broken', memoryFolder())).rejects.toThrow('there is no adapter_config.json');
+    await expect(set.load('broken', new MemoryFolder())).rejects.toThrow('there is no adapter_config.json');
     await expect(set.add('none', loraConfig({ target_modules: ['x_proj'] }))).rejects.toThrow(AdapterError);
     expect([set.names, set.active, live()]).toEqual([['mine', 'again'], ['again'], bytes]);
     expect(await model.readLogits(ids)).toEqual(logits);

@@ -1,8 +1,8 @@
 import { Layer, Linear, type Module } from '@lorikeet/nn';
 import { encodeFloats, linear, memorySink, mul, type Tensor, writeSafetensors } from '@lorikeet/tensor';
-import { relativeError, testDevice } from '@lorikeet/testing';
+import { MemoryFolder, relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
-import { assign, memoryFolder, TinyModel, values, vocab, width } from '../test/tiny-model.js';
+import { assign, TinyModel, values, vocab, width } from '../test/tiny-model.js';
 import type { Adapter } from './adapter.js';
 import { injectAdapter, peftConfig } from './create-adapter.js';
 import { loadAdapter } from './load-adapter.js';
@@ -110,7 +110,7 @@ describe('an adapter', () => {
     for (const call of [() => adapter.remove(), () => adapter.unmerge(), () => adapter.mergeAndUnload()]) {
       expect(call).toThrow('the adapter was taken out of the model');
     }
-    await expect(adapter.save(memoryFolder())).rejects.toThrow(AdapterError);
+    await expect(adapter.save(new MemoryFolder())).rejects.toThrow(AdapterError);
     // The place is free again.
     injectAdapter(model, config).remove();
     model.dispose();
@@ -120,7 +120,8 @@ describe('an adapter', () => {
     const model = new TinyModel(device);
     const adapter = injectAdapter(model, config);
     const old = new Map([['adapter_config.json', new Uint8Array([1])]]);
-    const folder = memoryFolder(old, name);
+    const folder = new MemoryFolder(old);
+    folder.failAt = name;
     await expect(adapter.save(folder)).rejects.toThrow('disk full');
     expect(folder.files).toEqual(old);
     model.dispose();
@@ -139,7 +140,7 @@ describe('an adapter', () => {
       [key('q_proj.base_layer.bias')]: [width],
       [key('embed_tokens.weight')]: [vocab, width],
     });
-    const problem = await loadAdapter(model, memoryFolder(files)).catch(String);
+    const problem = await loadAdapter(model, new MemoryFolder(files)).catch(String);
     expect(problem).toContain('5 tensors do not fit');
     for (const line of [
       `missing ${key('lm_head.lora_B.weight')} [11, 3]`,
@@ -152,12 +153,12 @@ describe('an adapter', () => {
     }
     expect(model.outline()).toEqual(before);
     files.set('adapter_config.json', new TextEncoder().encode('{"peft_type": "OTHER"}'));
-    await expect(loadAdapter(model, memoryFolder(files))).rejects.toThrow(
+    await expect(loadAdapter(model, new MemoryFolder(files))).rejects.toThrow(
       'peft_type "OTHER" is not known; known are LORA',
     );
     files.set('adapter_config.json', new TextEncoder().encode('{}'));
-    await expect(loadAdapter(model, memoryFolder(files))).rejects.toThrow('peft_type is missing');
-    await expect(loadAdapter(model, memoryFolder())).rejects.toThrow('there is no adapter_config.json');
+    await expect(loadAdapter(model, new MemoryFolder(files))).rejects.toThrow('peft_type is missing');
+    await expect(loadAdapter(model, new MemoryFolder())).rejects.toThrow('there is no adapter_config.json');
     model.dispose();
   });
 
@@ -234,7 +235,7 @@ describe('definePeft', () => {
 
     const plain = injectAdapter(model, { ...config, peft_type: 'GAIN' });
     for (const [, p] of plain.parameters()) assign(p, new Float32Array(p.size).fill(2));
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await plain.save(folder);
     plain.remove();
     const loaded = await loadAdapter(model, folder);

@@ -1,11 +1,11 @@
 /** What parts of this package do together that know nothing of one another: starts, methods, storage, sets and files. */
 import type { CalibrationBatch } from '@lorikeet/nn';
-import { relativeError, testDevice } from '@lorikeet/testing';
+import { MemoryFolder, relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { AttentionNet } from '../test/attention-net.js';
 import { move } from '../test/method-checks.js';
 import { MethodNet, type Storage } from '../test/method-net.js';
-import { memoryFolder, TinyModel, vocab } from '../test/tiny-model.js';
+import { TinyModel, vocab } from '../test/tiny-model.js';
 import { AdapterSet } from './adapter-set.js';
 import { createAdapter, injectAdapter } from './create-adapter.js';
 import { type AdapterConfig, loraConfig } from './format.js';
@@ -42,7 +42,7 @@ describe.each([
     const logits = await net.readLogits();
     expect(relativeError(logits, base)).toBeGreaterThan(1e-3);
     const norms = await adapter.updateNorms();
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder);
     adapter.remove();
     expect([await net.readLogits(), live()]).toEqual([base, own]);
@@ -134,7 +134,7 @@ describe('a set', () => {
     await move(adapter);
     await move(await set.add('two', loraConfig(low)));
     const saved = async (): Promise<ReadonlyMap<string, Uint8Array>> => {
-      const folder = memoryFolder();
+      const folder = new MemoryFolder();
       await set.get('one').save(folder);
       return folder.files;
     };
@@ -150,7 +150,7 @@ describe('a set', () => {
     adapter.unmerge();
     expect(await net.readLogits()).toEqual(logits);
     const other = new MethodNet(device);
-    await loadAdapter(other, memoryFolder(files));
+    await loadAdapter(other, new MemoryFolder(files));
     expect(relativeError(await other.readLogits(), logits)).toBeLessThan(1e-5);
     other.dispose();
     set.dispose();
@@ -164,7 +164,7 @@ describe('a set', () => {
     await move(adapter);
     const logits = await net.readLogits();
     adapter.park();
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder, { resumable: true });
     adapter.remove();
     const next = injectAdapter(net, config, { seed: 7 });

@@ -1,8 +1,7 @@
 import { type CalibrationBatch, Embedding, Layer, Linear, Module, Random } from '@lorikeet/nn';
 import { keep, scope, silu, type Tensor } from '@lorikeet/tensor';
-import { relativeError, testDevice } from '@lorikeet/testing';
+import { MemoryFolder, relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
-import { memoryFolder } from '../test/tiny-model.js';
 import type { Adapter } from './adapter.js';
 import { createAdapter, injectAdapter } from './create-adapter.js';
 import { loadAdapter } from './load-adapter.js';
@@ -204,7 +203,7 @@ describe('EVA', () => {
     if (!isLoraConfig(config)) throw new Error('this is no LoRA');
     for (const [path, r] of wanted) expect(ranksOf(config)(path)).toEqual({ r, alpha: 1.5 * r, scaling: 1.5 });
     for (const b of (await factorsOf(adapter, 'B')).values()) expect(Math.hypot(...b.data)).toBe(0);
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder);
     adapter.remove();
     expect(await y()).toEqual(before);

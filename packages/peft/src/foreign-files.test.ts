@@ -1,5 +1,6 @@
 /** Files of other tools: what they hold goes through load and save unchanged. */
 import {
+  type ByteFolder,
   decodeFloats,
   encodeFloats,
   memorySink,
@@ -8,11 +9,10 @@ import {
   parseJsonObject,
   writeSafetensors,
 } from '@lorikeet/tensor';
-import { testDevice } from '@lorikeet/testing';
+import { MemoryFolder, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { move } from '../test/method-checks.js';
 import { MethodNet } from '../test/method-net.js';
-import { memoryFolder } from '../test/tiny-model.js';
 import { createAdapter } from './create-adapter.js';
 import { loadAdapter } from './load-adapter.js';
 import { type AdapterConfig, loraConfig } from './format.js';
@@ -25,11 +25,9 @@ import './methods/lora.js';
 const device = await testDevice();
 const low = { r: 2, target_modules: ['up_proj', 'down_proj'] };
 
-type Files = ReturnType<typeof memoryFolder>;
-
 /** The same adapter as another tool writes it: weights of a 16-bit type, and a setting that is not known here. */
-async function foreign(own: Files, dtype: 'F16' | 'BF16'): Promise<Files> {
-  const other = memoryFolder();
+async function foreign(own: MemoryFolder, dtype: 'F16' | 'BF16'): Promise<MemoryFolder> {
+  const other = new MemoryFolder();
   for (const [name, bytes] of own.files) {
     const sink = await other.create(name);
     if (name.endsWith('.safetensors')) {
@@ -50,7 +48,7 @@ async function foreign(own: Files, dtype: 'F16' | 'BF16'): Promise<Files> {
   return other;
 }
 
-const text = (files: Files, name: string): string => new TextDecoder().decode(files.files.get(name));
+const text = (files: MemoryFolder, name: string): string => files.text(name);
 
 describe.each<[string, AdapterConfig]>([
   ['LoRA', loraConfig(low)],
@@ -65,25 +63,23 @@ describe.each<[string, AdapterConfig]>([
     const net = new MethodNet(device);
     const adapter = await createAdapter(net, config);
     await move(adapter);
-    const own = memoryFolder();
+    const own = new MemoryFolder();
     await adapter.save(own);
     adapter.remove();
     const given = await foreign(own, dtype);
     const loaded = await loadAdapter(net, given);
-    const saved = memoryFolder();
+    const saved = new MemoryFolder();
     await loaded.save(saved);
     expect([...saved.files.keys()].sort()).toEqual([...given.files.keys()].sort());
     const weights = [...given.files.keys()].find((name) => name.endsWith('.safetensors')) ?? '';
-    expect(
-      Buffer.compare(saved.files.get(weights) ?? new Uint8Array(), given.files.get(weights) ?? new Uint8Array()),
-    ).toBe(0);
-    const settings = (files: Files): unknown => parseJsonObject(text(files, 'adapter_config.json'), 'config');
+    expect(Buffer.compare(saved.bytes(weights), given.bytes(weights))).toBe(0);
+    const settings = (files: MemoryFolder): unknown => parseJsonObject(text(files, 'adapter_config.json'), 'config');
     expect(settings(saved)).toEqual(settings(given));
 
     // What is trained on has values that 16 bits do not hold.
     await move(loaded);
     await loaded.save(saved);
-    const file = await openSafetensors(memorySource(saved.files.get(weights) ?? new Uint8Array()));
+    const file = await openSafetensors(memorySource(saved.bytes(weights)));
     const [[key, parameter]] = loaded.parameters();
     expect(file.info(key).dtype).toBe('F32');
     expect(decodeFloats(await file.read(key), 'F32')).toEqual(Float32Array.from(await parameter.read()));
@@ -94,13 +90,17 @@ describe.each<[string, AdapterConfig]>([
 it.each(['adapter_model.bin', 'pytorch_adapter.bin'])('%s is refused, with how to convert it', async (name) => {
   const net = new MethodNet(device);
   const adapter = await createAdapter(net, loraConfig(low));
-  const folder = memoryFolder();
+  const folder = new MemoryFolder();
   await adapter.save(folder);
   adapter.remove();
   folder.files.delete('adapter_model.safetensors');
   folder.files.set(name, Uint8Array.of(0x80, 2));
   const message = `only "${name}": pickled weights, which are not read since they can run code. Convert them in that folder with PyTorch`;
-  const listing = { ...folder, open: folder.open.bind(folder), list: () => Promise.resolve([...folder.files.keys()]) };
+  const listing: ByteFolder = {
+    name: folder.name,
+    open: (file) => folder.open(file),
+    list: () => Promise.resolve([...folder.files.keys()]),
+  };
   await expect(loadAdapter(net, listing)).rejects.toThrow(message);
   await expect(readLoraFile(listing)).rejects.toThrow(message);
   folder.files.delete(name);

@@ -1,8 +1,7 @@
 import { Random } from '@lorikeet/nn';
-import { relativeError } from '@lorikeet/testing';
+import { MemoryFolder, relativeError } from '@lorikeet/testing';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { memoryFolder } from '../test/tiny-model.js';
 import { loraConfig, type LoraOptions } from './format.js';
 import { type HostMatrix, hostMatrix, product, svd, truncated } from './linear-algebra.js';
 import { combineLora, singularValues, stackedFactors, truncateLora } from './lora-algebra.js';
@@ -148,7 +147,7 @@ describe('combineLora', () => {
       target_modules: [q.path, down.path],
       base_model_name_or_path: 'some/base',
     });
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await writeLoraFile(folder, file);
     const again = await readLoraFile(folder);
     expect(again.updates.map(({ path, r, scaling }) => [path, r, scaling])).toEqual([

@@ -1,10 +1,10 @@
 import { type CalibrationBatch, Random } from '@lorikeet/nn';
 import { memorySource, openSafetensors } from '@lorikeet/tensor';
-import { relativeError, testDevice } from '@lorikeet/testing';
+import { MemoryFolder, relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { move } from '../test/method-checks.js';
 import { gradientsOf, initialisations, methodFile, MethodNet, numbersAt, tenSteps } from '../test/method-net.js';
-import { assign, type MemoryFolder, memoryFolder } from '../test/tiny-model.js';
+import { assign } from '../test/tiny-model.js';
 import type { Adapter } from './adapter.js';
 import { createAdapter, injectAdapter } from './create-adapter.js';
 import { loadAdapter } from './load-adapter.js';
@@ -60,16 +60,16 @@ describe.each(['pissa', 'pissa_niter_8', 'olora', 'orthogonal'])('init_lora_weig
     const adapter = await createAdapter(net, config);
     await move(adapter);
     const logits = await net.readLogits();
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder);
     adapter.merge();
     expect(relativeError(await net.readLogits(), logits)).toBeLessThan(5e-6);
     adapter.remove();
-    const saved = parseAdapterConfig(new TextDecoder().decode(folder.files.get('adapter_config.json')));
+    const saved = parseAdapterConfig(folder.text('adapter_config.json'));
     const doubled = init_lora_weights !== 'orthogonal';
     expect([saved.r, saved.lora_alpha]).toEqual(doubled ? [8, 16] : [4, 8]);
     if (doubled) expect(saved.init_lora_weights).toBe(true);
-    const file = await openSafetensors(memorySource(folder.files.get('adapter_model.safetensors') ?? new Uint8Array()));
+    const file = await openSafetensors(memorySource(folder.bytes('adapter_model.safetensors')));
     expect(file.tensors.get(`base_model.model.${path}.lora_B.weight`)?.shape).toEqual([24, doubled ? 8 : 4]);
     const again = await loadAdapter(net, folder);
     expect(relativeError(await net.readLogits(), logits)).toBeLessThan(5e-6);
@@ -109,7 +109,7 @@ it.each(['pissa', 'olora', 'orthogonal', 'eva', 'loftq'])(
 /** What a fresh adapter of a net like this saves. */
 async function memoryFolderOf(config: LoraConfig): Promise<MemoryFolder> {
   const net = new MethodNet(device);
-  const folder = memoryFolder();
+  const folder = new MemoryFolder();
   await injectAdapter(net, config).save(folder);
   net.dispose();
   return folder;
@@ -165,7 +165,7 @@ describe('starts', () => {
     await move(adapter);
     const before = await Promise.all([...adapter.parameters()].map(([, p]) => p.read()));
     const logits = await net.readLogits();
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder);
     adapter.remove();
     // Another start than the first one's, which the file must replace.
@@ -190,7 +190,7 @@ describe('starts', () => {
         const adapter = await createAdapter(net, chosen);
         await move(adapter);
         const logits = await net.readLogits();
-        const folder = memoryFolder();
+        const folder = new MemoryFolder();
         await adapter.save(folder);
         adapter.remove();
         // Its own start is another one, which the file replaces.
@@ -199,7 +199,7 @@ describe('starts', () => {
         expect(await net.readLogits()).not.toEqual(logits);
         await again.load(folder);
         expect(await net.readLogits()).toEqual(logits);
-        const copy = memoryFolder();
+        const copy = new MemoryFolder();
         await again.save(copy);
         expect(copy.files).toEqual(folder.files);
         again.remove();
@@ -234,7 +234,7 @@ describe('starts', () => {
     );
     await move(adapter);
     const logits = await net.readLogits();
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder);
     adapter.remove();
     await loadAdapter(net, folder);

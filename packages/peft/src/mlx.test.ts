@@ -1,41 +1,13 @@
-import {
-  type ByteFolder,
-  encodeFloats,
-  memorySink,
-  memorySource,
-  openSafetensors,
-  parseJsonObject,
-  type SinkFolder,
-  writeSafetensors,
-} from '@lorikeet/tensor';
+import { encodeFloats, memorySource, openSafetensors, parseJsonObject, writeSafetensors } from '@lorikeet/tensor';
+import { MemoryFolder } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { loraConfig, type LoraOptions, parseAdapterConfig, serializeAdapterConfig } from './format.js';
 import { type LoraFile, type LoraUpdate, readLoraFile, writeLoraFile } from './lora-file.js';
 import { readMlxAdapter, writeMlxAdapter } from './mlx.js';
 import { matchTargets, type ModuleInfo, ranksOf } from './targets.js';
 
-/** A folder in memory; a file is there once its sink is closed. */
-class MemoryFolder implements SinkFolder, ByteFolder {
-  readonly name = 'memory';
-  readonly files = new Map<string, Uint8Array>();
-
-  create(fileName: string): ReturnType<SinkFolder['create']> {
-    const sink = memorySink(fileName);
-    return Promise.resolve({
-      ...sink,
-      close: () => Promise.resolve(void this.files.set(fileName, sink.bytes())),
-    });
-  }
-
-  open(fileName: string): ReturnType<ByteFolder['open']> {
-    const bytes = this.files.get(fileName);
-    return Promise.resolve(bytes === undefined ? undefined : memorySource(bytes, fileName));
-  }
-
-  json(fileName: string): ReturnType<typeof parseJsonObject> {
-    return parseJsonObject(new TextDecoder().decode(this.files.get(fileName)), fileName);
-  }
-}
+const json = (folder: MemoryFolder, file: string): ReturnType<typeof parseJsonObject> =>
+  parseJsonObject(folder.text(file), file);
 
 const shapes: Readonly<Record<string, readonly [out: number, inputs: number]>> = {
   'self_attn.q_proj': [6, 4],
@@ -75,8 +47,8 @@ function expectClose(found: readonly number[], wanted: readonly number[]): void 
 
 /** What mlx-lm computes with a file: scale (a b) transposed, by module. */
 async function mlxDeltas(folder: MemoryFolder): Promise<Map<string, number[]>> {
-  const { lora_parameters: parameters } = folder.json('adapter_config.json') as { lora_parameters: { scale: number } };
-  const file = await openSafetensors(memorySource(folder.files.get('adapters.safetensors') ?? new Uint8Array()));
+  const { lora_parameters: parameters } = json(folder, 'adapter_config.json') as { lora_parameters: { scale: number } };
+  const file = await openSafetensors(memorySource(folder.bytes('adapters.safetensors')));
   const deltas = new Map<string, number[]>();
   for (const name of file.tensors.keys()) {
     if (!name.endsWith('.lora_a')) continue;
@@ -119,7 +91,7 @@ describe('PEFT to MLX', () => {
     for (const [path, values] of deltas) {
       if (!written.has(path)) expect(values.every((value) => value === 0)).toBe(true);
     }
-    const config = folder.json('adapter_config.json');
+    const config = json(folder, 'adapter_config.json');
     const first = Math.min(...file.updates.map(({ path }) => Number(/\d+/.exec(path)?.[0] ?? 9)));
     expect(config).toMatchObject({ fine_tune_type: 'lora', num_layers: 4 - first });
     expect(config['lora_parameters']).toMatchObject({ dropout: 0 });
@@ -164,7 +136,7 @@ describe('MLX to PEFT', () => {
     const read = await readMlxAdapter(mlx);
     const peft = new MemoryFolder();
     await writeLoraFile(peft, read);
-    const config = parseAdapterConfig(JSON.stringify(peft.json('adapter_config.json')));
+    const config = parseAdapterConfig(JSON.stringify(json(peft, 'adapter_config.json')));
     expect(config).toMatchObject({ lora_dropout: file.config.lora_dropout, r: 2, use_rslora: false });
     expect(
       matchTargets(config, modules(4))
@@ -178,7 +150,7 @@ describe('MLX to PEFT', () => {
   it('names all that is wrong at once', async () => {
     const folder = new MemoryFolder();
     await writeMlxAdapter(folder, adapter(both([0])), 1);
-    const config = JSON.stringify(folder.json('adapter_config.json'));
+    const config = JSON.stringify(json(folder, 'adapter_config.json'));
     const put = (text: string): void => void folder.files.set('adapter_config.json', new TextEncoder().encode(text));
     put(config.replace('"rank":2', '"rank":3'));
     await expect(readMlxAdapter(folder)).rejects.toThrow(/2 problems.*no factors of rank 3/s);

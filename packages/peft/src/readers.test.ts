@@ -1,7 +1,6 @@
-import { FormatError, LorikeetError } from '@lorikeet/tensor';
-import { fuzzReader, fuzzSource, mutateBytes, mutateJson, type Mutator } from '@lorikeet/testing';
+import { type ByteFolder, FormatError, LorikeetError } from '@lorikeet/tensor';
+import { fuzzReader, fuzzSource, MemoryFolder, mutateBytes, mutateJson, type Mutator } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
-import { memoryFolder } from '../test/tiny-model.js';
 import { loraConfig } from './format.js';
 import { type LoraFile, readLoraFile, writeLoraFile } from './lora-file.js';
 import './methods/bottleneck.js';
@@ -61,7 +60,7 @@ describe('adapters as files', () => {
   async function fuzzFolder(
     names: readonly [config: string, weights: string],
     files: ReadonlyMap<string, Uint8Array>,
-    read: (folder: ReturnType<typeof memoryFolder>) => Promise<LoraFile>,
+    read: (folder: ByteFolder) => Promise<LoraFile>,
   ): Promise<{ accepted: number; refused: number }> {
     const [text, weights] = names.map((name) => files.get(name) ?? new Uint8Array(0));
     const mutate: Mutator = (file, step, seeds) => {
@@ -81,9 +80,8 @@ describe('adapters as files', () => {
           [names[0], file.subarray(0, end)],
           [names[1], file.subarray(end + 1)],
         ]);
-        const folder = memoryFolder(parts);
         return read({
-          ...folder,
+          name: 'folder',
           open: (name) => {
             const bytes = parts.get(name);
             return Promise.resolve(bytes === undefined ? undefined : fuzzSource(bytes, name));
@@ -95,7 +93,7 @@ describe('adapters as files', () => {
   }
 
   it('of PEFT: changed ones are refused, or every part has its size', async () => {
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await writeLoraFile(folder, { config, updates: [update] });
     const names = ['adapter_config.json', 'adapter_model.safetensors'] as const;
     const report = await fuzzFolder(names, folder.files, readLoraFile);
@@ -104,7 +102,7 @@ describe('adapters as files', () => {
   });
 
   it('of mlx-lm: the same', async () => {
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await writeMlxAdapter(folder, { config, updates: [update] }, 1);
     const report = await fuzzFolder(['adapter_config.json', 'adapters.safetensors'], folder.files, readMlxAdapter);
     expect(report.accepted).toBeGreaterThan(0.05 * report.refused);

@@ -1,4 +1,4 @@
-import { linear64, relativeError, testDevice, valueAndGrad } from '@lorikeet/testing';
+import { linear64, MemoryFolder, relativeError, testDevice, valueAndGrad } from '@lorikeet/testing';
 import {
   gatherRows,
   joinRows,
@@ -11,7 +11,7 @@ import {
   type Tensor,
 } from '@lorikeet/tensor';
 import { describe, expect, it } from 'vitest';
-import { assign, memoryFolder, TinyModel, values, vocab, width } from '../test/tiny-model.js';
+import { assign, TinyModel, values, vocab, width } from '../test/tiny-model.js';
 import type { Adapter } from './adapter.js';
 import { injectAdapter } from './create-adapter.js';
 import { loadAdapter } from './load-adapter.js';
@@ -106,22 +106,22 @@ describe.each([
     const adapter = inject(model);
     move(adapter);
     const logits = await model.readLogits(ids);
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder, { baseModelName: 'some/base' });
-    const file = await openSafetensors(memorySource(folder.files.get('adapter_model.safetensors') ?? new Uint8Array()));
+    const file = await openSafetensors(memorySource(folder.bytes('adapter_model.safetensors')));
     expect([...file.tensors.keys()].sort()).toEqual(
       [...['A', 'B'].map((x) => `base_model.model.q_proj.lora_${x}.weight`), ...modules.map(rowKey)].sort(),
     );
     adapter.remove();
     const again = await loadAdapter(model, folder);
     expect(await model.readLogits(ids)).toEqual(logits);
-    const second = memoryFolder();
+    const second = new MemoryFolder();
     await again.save(second);
     expect([...second.files.keys()].sort()).toEqual(['adapter_config.json', 'adapter_model.safetensors']);
     for (const [name, bytes] of folder.files) {
-      expect(Buffer.compare(second.files.get(name) ?? new Uint8Array(), bytes), name).toBe(0);
+      expect(Buffer.compare(second.bytes(name), bytes), name).toBe(0);
     }
-    const config: unknown = JSON.parse(new TextDecoder().decode(folder.files.get('adapter_config.json')));
+    const config: unknown = JSON.parse(folder.text('adapter_config.json'));
     expect(config).toMatchObject({
       base_model_name_or_path: 'some/base',
       task_type: 'CAUSAL_LM',

@@ -1,11 +1,10 @@
 import { Embedding } from '@lorikeet/nn';
 import { keep, parseJsonObject, scope } from '@lorikeet/tensor';
-import { relativeError, testDevice } from '@lorikeet/testing';
+import { MemoryFolder, relativeError, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { AttentionNet, virtualTokensFile } from '../test/attention-net.js';
 import { checkMethod, move } from '../test/method-checks.js';
 import { MethodNet } from '../test/method-net.js';
-import { memoryFolder } from '../test/tiny-model.js';
 import { createAdapter, injectAdapter } from './create-adapter.js';
 import { loadAdapter } from './load-adapter.js';
 import { openWeightMerge } from './merge-weights.js';
@@ -50,7 +49,7 @@ describe.each([promptTuningConfig({ num_virtual_tokens }), prefixTuningConfig({ 
       expect(() => adapter.merge()).toThrow('no change of a weight and cannot be merged');
       expect(() => adapter.mergeAndUnload()).toThrow('no change of a weight and cannot be merged');
       expect(adapter.merged).toBe(false);
-      const folder = memoryFolder();
+      const folder = new MemoryFolder();
       await adapter.save(folder);
       const shape = new AttentionNet(device);
       await expect(openWeightMerge(shape, folder)).rejects.toThrow('no change of a weight and cannot be merged');
@@ -76,7 +75,7 @@ describe.each([promptTuningConfig({ num_virtual_tokens }), prefixTuningConfig({ 
       const adapter = injectAdapter(net, { ...config, modules_to_save: ['lm_head'] });
       await move(adapter);
       const logits = await net.readLogits();
-      const folder = memoryFolder();
+      const folder = new MemoryFolder();
       await adapter.save(folder);
       expect([...adapter.parameters()].map(([key]) => key)).toEqual([
         'prompt_embeddings',
@@ -108,9 +107,9 @@ describe('adapter_config.json', () => {
     async (method, config, own, sizes) => {
       const net = new AttentionNet(device);
       const adapter = injectAdapter(net, config);
-      const folder = memoryFolder();
+      const folder = new MemoryFolder();
       await adapter.save(folder);
-      const text = new TextDecoder().decode(folder.files.get('adapter_config.json'));
+      const text = folder.text('adapter_config.json');
       const object = parseJsonObject(text, 'adapter_config.json');
       expect(Object.keys(object)).toEqual([...shared, ...rest, ...own].sort());
       expect(object).toMatchObject({ ...sizes, num_layers: 2, num_transformer_submodules: 1, num_virtual_tokens: 20 });
@@ -230,7 +229,7 @@ describe('the start of a prompt', () => {
   it('comes from its file when there is one, without a tokenizer', async () => {
     const net = new AttentionNet(device);
     const adapter = await createAdapter(net, text, { tokenize: () => [1, 2] });
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder, { baseModelName: 'some/base' });
     adapter.remove();
     await loadAdapter(net, folder);
@@ -264,11 +263,11 @@ describe('the start of a prefix', () => {
   it('is all zeros where that is asked for, and the file says so', async () => {
     const net = new AttentionNet(device);
     const adapter = injectAdapter(net, prefixTuningConfig({ init_weights: 'zero' }));
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder);
     const [[, parameter]] = adapter.parameters();
     expect((await parameter.read()).every((v) => v === 0)).toBe(true);
-    const text = new TextDecoder().decode(folder.files.get('adapter_config.json'));
+    const text = folder.text('adapter_config.json');
     expect(parseJsonObject(text, 'f')).toMatchObject({ init_weights: 'zero' });
     net.dispose();
   });
@@ -281,7 +280,7 @@ it('a projection goes on from a checkpoint, and without itself from its file, wh
   expect([...adapter.parameters()].map(([, { shape }]) => shape)).toEqual([[3, 8], [8, 8], [8], [32, 8], [32]]);
   await move(adapter);
   const logits = await net.readLogits();
-  const [folder, checkpoint] = [memoryFolder(), memoryFolder()];
+  const [folder, checkpoint] = [new MemoryFolder(), new MemoryFolder()];
   await adapter.save(folder);
   await adapter.save(checkpoint, { resumable: true });
   expect([...folder.files.keys()]).toEqual(['adapter_model.safetensors', 'adapter_config.json']);

@@ -1,6 +1,6 @@
 /** What every method must show, on the net of the fixtures. */
 import { type Device, memorySource, openSafetensors } from '@lorikeet/tensor';
-import { relativeError } from '@lorikeet/testing';
+import { MemoryFolder, relativeError } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import type { Adapter } from '../src/adapter.js';
 import { injectAdapter } from '../src/create-adapter.js';
@@ -16,7 +16,7 @@ import {
   type Stored,
   tenSteps,
 } from './method-net.js';
-import { assign, memoryFolder, values } from './tiny-model.js';
+import { assign, values } from './tiny-model.js';
 
 /** A method under check. */
 export interface MethodCheck {
@@ -88,10 +88,10 @@ export function checkMethod(device: Device, check: MethodCheck): void {
     const adapter = injectAdapter(net, config);
     const parameters = [...adapter.parameters()];
     expect(parameters.map(([key]) => fixtureName(key)).sort()).toEqual([...truth.start.keys()].sort());
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder);
     const name = [...folder.files.keys()].find((file) => file.endsWith('.safetensors')) ?? '';
-    const file = await openSafetensors(memorySource(folder.files.get(name) ?? new Uint8Array()));
+    const file = await openSafetensors(memorySource(folder.bytes(name)));
     for (const [key, p] of parameters) {
       const start = startOf(truth.start, fixtureName(key));
       if (savesParameters) expect(file.tensors.get(key)?.shape, key).toEqual(start.shape);
@@ -141,12 +141,12 @@ export function checkMethod(device: Device, check: MethodCheck): void {
     const adapter = injectAdapter(net, config);
     await move(adapter);
     const logits = await net.readLogits();
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder, { baseModelName: 'some/base' });
     adapter.remove();
     const live = device.stats().liveBytes;
     const plain = await net.readLogits();
-    const cut = memoryFolder();
+    const cut = new MemoryFolder();
     for (const [name, bytes] of folder.files) {
       // The last numbers are missing.
       cut.files.set(name, name.endsWith('.safetensors') ? bytes.subarray(0, -4) : bytes);
@@ -156,11 +156,11 @@ export function checkMethod(device: Device, check: MethodCheck): void {
     expect(await net.readLogits()).toEqual(plain);
     const again = await loadAdapter(net, folder);
     expect(await net.readLogits()).toEqual(logits);
-    const second = memoryFolder();
+    const second = new MemoryFolder();
     await again.save(second);
     expect([...second.files.keys()].sort()).toEqual([...folder.files.keys()].sort());
     for (const [name, bytes] of folder.files) {
-      expect(Buffer.compare(second.files.get(name) ?? new Uint8Array(), bytes), name).toBe(0);
+      expect(Buffer.compare(second.bytes(name), bytes), name).toBe(0);
     }
     net.dispose();
   });

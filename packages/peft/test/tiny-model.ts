@@ -1,15 +1,6 @@
-/** A model of one embedding, one linear layer and a head, and folders in memory. */
+/** A model of one embedding, one linear layer and a head. */
 import { Embedding, initialValues, type Layer, Linear, Module } from '@lorikeet/nn';
-import {
-  type ByteFolder,
-  type Device,
-  keep,
-  memorySink,
-  memorySource,
-  scope,
-  type SinkFolder,
-  type Tensor,
-} from '@lorikeet/tensor';
+import { type Device, keep, scope, type Tensor } from '@lorikeet/tensor';
 
 export const vocab = 11;
 export const width = 6;
@@ -54,34 +45,6 @@ export class TinyModel extends Module {
   outline(): string[] {
     return [...this.namedModules()].map(([path, module]) => `${path}: ${module.constructor.name}`);
   }
-}
-
-export interface MemoryFolder extends ByteFolder, SinkFolder {
-  readonly files: Map<string, Uint8Array>;
-}
-
-/** A folder whose files appear when their sinks are closed; `failAt` makes the write to a file of that name fail. */
-export function memoryFolder(files: ReadonlyMap<string, Uint8Array> = new Map(), failAt?: string): MemoryFolder {
-  const there = new Map(files);
-  return {
-    name: 'folder',
-    files: there,
-    open: (name) => {
-      const bytes = there.get(name);
-      return Promise.resolve(bytes === undefined ? undefined : memorySource(bytes, name));
-    },
-    create: (name) => {
-      const sink = memorySink(name);
-      return Promise.resolve({
-        ...sink,
-        write: (bytes) => (name === failAt ? Promise.reject(new Error('disk full')) : sink.write(bytes)),
-        close: () => {
-          there.set(name, sink.bytes());
-          return sink.close();
-        },
-      });
-    },
-  };
 }
 
 /** Sets a tensor's values. */

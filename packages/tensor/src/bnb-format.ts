@@ -12,7 +12,7 @@ import { defineKernel, type Kernel } from './kernel.js';
 import { nf4Block, nf4GroupBlocks, nf4Layout, type Nf4Type, nf4OffsetWord, nf4Values } from './nf4.js';
 import { nf4Header, type Nf4Source, nf4Sources } from './quantized.js';
 import { SafetensorsError, type TensorFile } from './safetensors.js';
-import { type TensorEntry } from './safetensors-writer.js';
+import type { TensorEntry } from './safetensors-writer.js';
 import { keep, scope } from './scope.js';
 import type { Tensor } from './tensor.js';
 

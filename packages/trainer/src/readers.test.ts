@@ -1,7 +1,6 @@
 import { FormatError, LorikeetError } from '@lorikeet/tensor';
-import { fuzzReader, mutateJson } from '@lorikeet/testing';
+import { fuzzReader, MemoryFolder, mutateJson } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
-import { MemoryFolder } from '../test/memory-folder.js';
 import { readTrainerState, type TrainerState, trainerStateFile, writeTrainerState } from './checkpoint.js';
 import { BatchSampler } from './sampler.js';
 

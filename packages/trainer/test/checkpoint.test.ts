@@ -1,13 +1,12 @@
 /** A run that was stopped and gone on with is the run that was not: parameters, moments and records, bit for bit. */
 import { encodeFloats, scope } from '@lorikeet/tensor';
-import { testDevice } from '@lorikeet/testing';
+import { MemoryFolder, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import type { SFTConfig, TrainingArguments } from '../src/arguments.js';
 import { optimizerFile, readTrainerState, trainerStateFile } from '../src/checkpoint.js';
 import { ignoreIndex, type TokenizedExample } from '../src/data.js';
 import { SFTTrainer } from '../src/sft-trainer.js';
 import { train, type TrainOptions, type TrainRecord } from '../src/train.js';
-import { MemoryFolder } from './memory-folder.js';
 import { type TinyLM, tinyLM } from './tiny-lm.js';
 
 const device = await testDevice();
@@ -213,9 +212,9 @@ describe('what is refused', () => {
     const from = whole.snapshots[4];
     const broken = async (name: string, bytes: Uint8Array | undefined): Promise<unknown> => {
       const folder = new MemoryFolder();
-      for (const [file, sink] of from.folder.files) {
-        const content = file === name ? bytes : sink.bytes();
-        if (content !== undefined) await (await folder.create(file)).write(content);
+      for (const [file, kept] of from.folder.files) {
+        const content = file === name ? bytes : kept;
+        if (content !== undefined) folder.files.set(file, content);
       }
       return run({ ...from, folder });
     };

@@ -1,5 +1,5 @@
 /** Settings of a run beyond the plain loop: what each does to losses, order and end, and that a run with all of them resumes. */
-import { randomArray64, relativeError, testDevice } from '@lorikeet/testing';
+import { MemoryFolder, randomArray64, relativeError, testDevice } from '@lorikeet/testing';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { TrainingArguments } from '../src/arguments.js';
@@ -8,7 +8,6 @@ import { epochOrder } from '../src/sampler.js';
 import { EvaluationWatch } from '../src/evaluation-watch.js';
 import { Stepper, type StepperOptions } from '../src/stepper.js';
 import { evaluateLoss, train, type TrainOptions, type TrainRecord, type TrainResult } from '../src/train.js';
-import { MemoryFolder } from './memory-folder.js';
 import { logits64, loss64, type TinyLM, tinyLM, weights64 } from './tiny-lm.js';
 
 const device = await testDevice();

@@ -1,5 +1,5 @@
-import { keep, memorySink, memorySource, openSafetensors, type SinkFolder, type Tensor } from '@lorikeet/tensor';
-import { testDevice } from '@lorikeet/testing';
+import { keep, memorySource, openSafetensors, type Tensor } from '@lorikeet/tensor';
+import { MemoryFolder, testDevice } from '@lorikeet/testing';
 import { expect, it } from 'vitest';
 import { toRows } from '../src/data.js';
 import { SFTTrainer, type SFTTrainerOptions, type TrainableAdapter } from '../src/sft-trainer.js';
@@ -18,17 +18,6 @@ const rows = ['good: positive', 'bad: negative', 'flat: neutral', 'rising: posit
     return { prompt, completion };
   },
 );
-
-/** A folder in memory and what was written to it. */
-function memoryFolder(): { folder: SinkFolder; files: Map<string, ReturnType<typeof memorySink>> } {
-  const files = new Map<string, ReturnType<typeof memorySink>>();
-  const create: SinkFolder['create'] = async (name) => {
-    const sink = memorySink(name);
-    files.set(name, sink);
-    return sink;
-  };
-  return { folder: { name: 'memory', create }, files };
-}
 
 async function withModel(
   use: (
@@ -94,9 +83,9 @@ it('rows in, a model that knows them out: records, log, evaluation and the writt
     expect(log_history[4]).toMatchObject({ eval_loss: end.eval_loss });
     expect((await trainer.evaluate({ dataset: rows })).eval_supervised_tokens).toBe(10);
 
-    const { folder, files } = memoryFolder();
+    const folder = new MemoryFolder();
     await trainer.saveModel(folder);
-    const written = await openSafetensors(memorySource(files.get('model.safetensors')?.bytes() ?? new Uint8Array()));
+    const written = await openSafetensors(memorySource(folder.bytes('model.safetensors')));
     const parameters = [...model.namedParameters()];
     expect([...written.tensors.keys()].sort()).toEqual(parameters.map(([name]) => name).sort());
     for (const [name, p] of parameters) expect(await written.readFloats(name), name).toEqual(await p.read());
@@ -131,7 +120,7 @@ it('with a peft_config only what it injects is trained and saved', () =>
       const same = JSON.stringify(await read(p)) === JSON.stringify(before.get(name));
       expect(same, name).toBe(name !== 'down.weight');
     }
-    await trainer.saveModel(memoryFolder().folder);
+    await trainer.saveModel(new MemoryFolder());
     expect(saved).toEqual(['memory']);
   }));
 
@@ -159,7 +148,7 @@ it('an adapter that starts from the weights is made once, by the first call that
     expect([trainer.adapter, made]).toEqual([undefined, 0]);
     await expect(trainer.train()).rejects.toThrow('no start');
     const before = await model.down.weight.read();
-    await Promise.all([trainer.saveModel(memoryFolder().folder), trainer.saveModel(memoryFolder().folder)]);
+    await Promise.all([trainer.saveModel(new MemoryFolder()), trainer.saveModel(new MemoryFolder())]);
     expect(trainer.adapter).toBe(adapter);
     await trainer.train();
     expect(await model.down.weight.read()).not.toEqual(before);

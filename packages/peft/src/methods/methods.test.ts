@@ -1,9 +1,8 @@
 import { parseJsonObject } from '@lorikeet/tensor';
-import { testDevice } from '@lorikeet/testing';
+import { MemoryFolder, testDevice } from '@lorikeet/testing';
 import { describe, expect, it } from 'vitest';
 import { checkMethod, move } from '../../test/method-checks.js';
 import { MethodNet } from '../../test/method-net.js';
-import { memoryFolder } from '../../test/tiny-model.js';
 import { injectAdapter } from '../create-adapter.js';
 import { loraConfig } from '../format.js';
 import { matchModules } from '../targets.js';
@@ -81,7 +80,7 @@ describe('files of bottleneck adapters', () => {
     const net = new MethodNet(device);
     const config = bottleneckConfig('pfeiffer', { reduction_factor: 4, name: 'task' });
     const adapter = injectAdapter(net, config);
-    const folder = memoryFolder();
+    const folder = new MemoryFolder();
     await adapter.save(folder, { baseModelName: 'some/base' });
     expect([...folder.files.keys()].sort()).toEqual(['adapter.safetensors', 'adapter_config.json']);
     expect([...adapter.parameters()].slice(0, 4).map(([key, { shape }]) => [key, shape])).toEqual([
@@ -90,7 +89,7 @@ describe('files of bottleneck adapters', () => {
       ['layers.0.output_adapters.adapters.task.adapter_up.weight', [16, 4]],
       ['layers.0.output_adapters.adapters.task.adapter_up.bias', [16]],
     ]);
-    const file: unknown = JSON.parse(new TextDecoder().decode(folder.files.get('adapter_config.json')));
+    const file: unknown = JSON.parse(folder.text('adapter_config.json'));
     expect(file).toMatchObject({
       config: {
         mh_adapter: false,
